@@ -1,0 +1,102 @@
+"""The flags of feeder and engine, said once: their own parsers and the launcher's are made of these.
+
+Imports nothing heavy, so that ``--help`` and the launcher start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from common.config import DTYPES
+from common.errors import EXIT_USAGE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """Flags that both processes take, so that the launcher gives them to both."""
+    return [
+        parser.add_argument(
+            "--name", default="default", help="picks the run directory; one feeder a name"
+        ),
+        parser.add_argument("--verbose", action="store_true", help="log more"),
+    ]
+
+
+def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """The feeder's flags, less --model and --name."""
+    return [
+        parser.add_argument(
+            "--cache", default="128", metavar="N|SIZE",
+            help="weights in slots at once: a number, -1 for all, or bytes such as 10GiB",
+        ),
+        parser.add_argument(
+            "--strategy", default="ring", metavar="NAME|FILE:CLASS",
+            help="ring, resident, on-demand, or your own",
+        ),
+        parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu"),
+        parser.add_argument(
+            "--dtype", default="auto", choices=("auto", *DTYPES),
+            help="of slots and model; auto: the checkpoint's on CUDA, float32 on the CPU",
+        ),
+        parser.add_argument(
+            "--keep-store", action="store_true",
+            help="leave the host store in /dev/shm for the next feeder of this name",
+        ),
+        parser.add_argument(
+            "--verify", action="store_true",
+            help="checksum every slot at fill, grant and release, and poison it when freed",
+        ),
+    ]  # fmt: skip
+
+
+def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """The engine's flags, less --name."""
+    prompts = [
+        parser.add_argument("--prompt", metavar="TEXT", help="the text to answer"),
+        parser.add_argument(
+            "--prompts", metavar="FILE", help="JSON list or lines of {input, expected_output}"
+        ),
+        parser.add_argument("--output", metavar="FILE", help="answers of --prompts, as JSON lines"),
+        parser.add_argument("--raw", action="store_true", help="leave the chat template out"),
+    ]
+    sampling = [
+        parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 512"),
+        parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy"),
+        parser.add_argument("--top-p", type=float, metavar="P"),
+        parser.add_argument("--top-k", type=int, metavar="K"),
+        parser.add_argument("--repetition-penalty", type=float, metavar="R"),
+        parser.add_argument("--seed", type=int, metavar="N"),
+        parser.add_argument("--greedy", action="store_true", help="the likeliest token, always"),
+    ]
+    run = [
+        parser.add_argument(
+            "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager")
+        ),
+        parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
+        parser.add_argument(
+            "--wait-full", action="store_true", help="fill the cache before the first prompt"
+        ),
+    ]
+    return [*prompts, *sampling, *run]
+
+
+def as_flags(arguments: argparse.Namespace, actions: Sequence[argparse.Action]) -> list[str]:
+    """The command line that gives ``actions`` the values in ``arguments``; defaults are left out."""
+    flags: list[str] = []
+    for action in actions:
+        value = getattr(arguments, action.dest)
+        if value == action.default:
+            continue
+        flag = action.option_strings[-1]
+        flags.extend([flag] if value is True else [f"{flag}={value}"])
+    return flags

@@ -1,0 +1,217 @@
+"""A Hugging Face checkpoint: finding its tensors, checking them, reading them piece by piece.
+
+Owns what a checkpoint directory looks like and every way in which it can be wrong. Knows nothing
+of quantizing. Opening reads only headers; only reading tensors needs torch.
+
+Tensors are read, not mapped: memory stays as small as a piece is, and a file that shrinks
+meanwhile is an error, not a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import CheckpointError, ConfigError
+from common.qwen2 import expected_tensors, is_tied, validate_config
+from common.safetensors_file import DTYPE_BYTES, SafetensorsError, TensorSpec, read_header
+from common.store_index import CONFIG_FILE, RESIDENT_DTYPES
+from common.strict_json import read_object
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+PIECE_ELEMENTS = 1 << 25  # whole blocks; 64 MiB in bf16
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_COMPANIONS = (
+    *("generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor of a checkpoint: what it is, and where its bytes begin in which file."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its config, and exactly the tensors that the config expects.
+
+    A tied checkpoint that carries an lm_head all the same has it here too.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    places: dict[str, TensorPlace]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Open the checkpoint in the directory `path` and check all that headers can tell.
+
+        Raises ConfigError or CheckpointError, in one line.
+        """
+        path = Path(path)
+        config = read_config(path)
+        weight_map = _read_weight_map(path)
+        places: dict[str, TensorPlace] = {}
+        for file in weight_files(path):
+            places |= _read_places(file, weight_map)
+        for name, file_name in weight_map.items():
+            if name not in places:
+                raise CheckpointError(
+                    f"{path / file_name} lacks {name!r}, which {INDEX_FILE} says it holds; "
+                    "fetch the checkpoint again"
+                )
+        return cls(path, config, _expected_places(path, config, places))
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Read the tensor `name` as flat pieces of `PIECE_ELEMENTS`, the last one shorter.
+
+        Each has the tensor's own dtype and lies on the CPU. Raises CheckpointError.
+        """
+        import torch
+
+        place = self.places[name]
+        dtype = getattr(torch, RESIDENT_DTYPES[place.spec.dtype])
+        step = PIECE_ELEMENTS * DTYPE_BYTES[place.spec.dtype]
+        try:
+            with place.file.open("rb", buffering=0) as file:
+                for first in range(0, place.spec.bytes, step):
+                    piece = torch.empty(min(step, place.spec.bytes - first), dtype=torch.uint8)
+                    _read_into(file.fileno(), piece.numpy().data, place.offset + first, step)
+                    yield piece.view(dtype)
+        except EOFError:
+            raise CheckpointError(f"{place.file} became shorter while {name} was read") from None
+        except OSError as error:
+            raise CheckpointError(f"{place.file} cannot be read: {error.strerror}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json, validated. Raises ConfigError or CheckpointError."""
+    if not path.is_dir():
+        found = "is not a directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {found}, expected a checkpoint directory")
+    try:
+        config = read_object(path / CONFIG_FILE)
+    except ValueError as error:
+        raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a Qwen2 config") from error
+    try:
+        validate_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path} is already quantized (its config has a quantization_config), which is not "
+            "supported yet; use the original checkpoint in bf16, fp16 or fp32"
+        )
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The checkpoint's safetensors files, sorted. Raises CheckpointError if it has none."""
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    if (path / INDEX_FILE).exists():
+        return [path / name for name in sorted(set(_read_weight_map(path).values()))]
+    if any(path.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{path} has pickled weights only (pytorch_model.bin), expected safetensors; convert "
+            "it: load it with transformers and save_pretrained(..., safe_serialization=True)"
+        )
+    raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}, expected one")
+
+
+def companion_files(path: Path) -> list[Path]:
+    """The tokenizer and generation files that go along with the weights, sorted by name."""
+    found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name != INDEX_FILE)
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """Which file each tensor lies in; empty for a checkpoint of a single file."""
+    if (path / SINGLE_FILE).exists() or not (path / INDEX_FILE).exists():
+        return {}
+    try:
+        weight_map = read_object(path / INDEX_FILE).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{path / INDEX_FILE}: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX_FILE}: no weight_map, expected tensor: file pairs")
+    for file in weight_map.values():
+        # A plain name: an index is no reason to read files elsewhere.
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path / INDEX_FILE}: found the file {file!r:.80}, expected a name such as "
+                "model-00001-of-00002.safetensors"
+            )
+    return weight_map
+
+
+def _read_places(file: Path, weight_map: dict[str, str]) -> dict[str, TensorPlace]:
+    try:
+        header = read_header(file)
+    except SafetensorsError as error:
+        raise CheckpointError(f"{error}; fetch the checkpoint again") from error
+    return {
+        name: TensorPlace(spec, file, header.offsets[name])
+        for name, spec in header.tensors.items()
+        if weight_map.get(name, file.name) == file.name
+    }
+
+
+def _expected_places(
+    path: Path, config: dict[str, Any], places: dict[str, TensorPlace]
+) -> dict[str, TensorPlace]:
+    """Match the files against the config; returns the places of what it expects."""
+    linear, residents = expected_tensors(config)
+    shapes = {f"{name}.weight": shape for name, shape in linear.items()} | residents
+    for name in shapes:
+        if name not in places:
+            raise CheckpointError(
+                f"{path} lacks {name}, which its config expects; fetch the checkpoint again"
+            )
+    if is_tied(config) and HEAD in places:
+        shapes[HEAD] = shapes[EMBEDDING]
+    for name, place in places.items():
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old versions saved
+            continue
+        if name not in shapes:
+            raise CheckpointError(
+                f"{place.file} has {name!r:.120}, which a Qwen2 of this config does not; "
+                "is it a checkpoint of another kind?"
+            )
+        if place.spec.shape != shapes[name]:
+            raise CheckpointError(
+                f"{place.file}: {name} has the shape {list(place.spec.shape)}, expected "
+                f"{list(shapes[name])} by the config"
+            )
+        if place.spec.dtype not in RESIDENT_DTYPES:
+            raise CheckpointError(
+                f"{place.file}: {name} is {place.spec.dtype}, expected one of "
+                f"{', '.join(RESIDENT_DTYPES)}"
+            )
+    return {name: places[name] for name in shapes}
+
+
+def _read_into(fd: int, buffer: memoryview, offset: int, ahead_bytes: int) -> None:
+    """Fill `buffer` from `offset`, and have the kernel read ahead. EOFError if the file ends."""
+    os.posix_fadvise(fd, offset + len(buffer), ahead_bytes, os.POSIX_FADV_WILLNEED)
+    while buffer:
+        count = os.preadv(fd, [buffer], offset)
+        if count == 0:
+            raise EOFError
+        buffer, offset = buffer[count:], offset + count

@@ -1,0 +1,71 @@
+"""Values that both command lines share: sizes, caches, dtypes. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from common.errors import UsageError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size such as ``10GiB`` or ``500 MB``. UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"size {text!r} is not understood: write a number and a unit, as 10GiB")
+    size_bytes = int(float(match.group(1)) * unit)
+    if size_bytes < 1:
+        raise UsageError(f"size {text!r} is no size: give at least one byte")
+    return size_bytes
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size for people: ``16.5 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """``--cache``: a number of weights (``count``; None for all), or bytes (``size_bytes``)."""
+
+    count: int | None = None
+    size_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Cache:
+        """From ``128``, ``-1`` or ``10GiB``. UsageError for anything else."""
+        if re.fullmatch(r"\s*[+-]?\d+\s*", text):
+            count = int(text)
+            if count == -1:
+                return cls()
+            if count < 1:
+                raise UsageError(
+                    f"cache {text!r} holds no weight: give a number from 1, -1 for all,"
+                    " or a size such as 10GiB"
+                )
+            return cls(count=count)
+        try:
+            return cls(size_bytes=parse_size(text))
+        except UsageError:
+            raise UsageError(
+                f"cache {text!r} is not understood: give a number of weights, -1 for all,"
+                " or a size such as 10GiB"
+            ) from None
+
+    def __str__(self) -> str:
+        if self.size_bytes is not None:
+            return f"{self.size_bytes}B"
+        return "-1" if self.count is None else str(self.count)

@@ -1,0 +1,282 @@
+"""Segments of device memory that two processes share. The only user of CUDA IPC.
+
+One interface, two backends: on CUDA a segment is one cudaMalloc'd allocation, exported by one IPC
+handle (through the driver API of NVIDIA's cuda-bindings, so that the toolkit's version does not
+matter); on the CPU it is POSIX shared memory. torch's caching allocator and its own sharing of
+tensors are not used: see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common.errors import ConfigError, MemoryShortageError, PeerError
+from common.shared import SharedMemory, available_host_bytes
+
+PIN_CHUNK_BYTES = 2 << 30  # larger registrations fail on some drivers
+
+
+class Segment(ABC):
+    """``tensor``: uint8 of ``size_bytes`` on the device, valid until ``close``."""
+
+    kind: str
+    tensor: torch.Tensor
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+
+    @property
+    @abstractmethod
+    def handle(self) -> bytes:
+        """What another process needs to ``Memory.open`` this segment."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free or unmap. Every view of ``tensor`` must be gone, every kernel that reads it done."""
+
+
+class Memory(ABC):
+    """The memory of one device, as one process sees it."""
+
+    device: torch.device
+    identity: str  # the same in every process for the same device
+
+    @abstractmethod
+    def allocate(self, size_bytes: int) -> Segment:
+        """A new segment. MemoryShortageError if the device has not that much."""
+
+    @abstractmethod
+    def open(self, kind: str, handle: bytes, size_bytes: int) -> Segment:
+        """Map a segment of another process. PeerError if that cannot be done."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated."""
+
+    @abstractmethod
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        """Page-lock host memory, so that copies run at the link's speed; returns what undoes it."""
+
+    @abstractmethod
+    def marker(self) -> Callable[[], None] | None:
+        """Marks the current stream's position: the function returned blocks until it is reached.
+        None where work is complete when its call returns."""
+
+    @abstractmethod
+    def peak_bytes(self) -> int:
+        """The most that this process has had allocated on the device, segments included."""
+
+    @abstractmethod
+    def bind_thread(self) -> None:
+        """To be called by a thread before it uses this memory."""
+
+
+class _CpuSegment(Segment):
+    kind = "shm"
+
+    def __init__(self, shared: SharedMemory) -> None:
+        super().__init__(shared.size_bytes)
+        self._shared = shared
+        self.tensor = shared.tensor
+
+    @property
+    def handle(self) -> bytes:
+        return self._shared.path.encode()
+
+    def close(self) -> None:
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self._shared.close()
+
+
+class CpuMemory(Memory):
+    """Host memory in the place of a device's, so that the same code runs without a GPU."""
+
+    device = torch.device("cpu")
+    identity = "cpu"
+
+    def __init__(self) -> None:
+        self._allocated = self._peak = 0
+
+    def allocate(self, size_bytes: int) -> Segment:
+        segment = _CpuSegment(SharedMemory.create(size_bytes, "slots"))
+        self._peak = max(self._peak, size_bytes)
+        return segment
+
+    def open(self, kind: str, handle: bytes, size_bytes: int) -> Segment:
+        if kind != _CpuSegment.kind:
+            raise PeerError(f"segment of kind {kind!r}: an engine on the CPU expects 'shm'")
+        try:
+            return _CpuSegment(SharedMemory.open(handle.decode(), size_bytes))
+        except (OSError, ValueError) as error:
+            raise PeerError(f"the feeder's shared memory cannot be mapped: {error}") from error
+
+    def free_bytes(self) -> int:
+        return available_host_bytes()
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        return lambda: None
+
+    def marker(self) -> None:
+        return None
+
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def bind_thread(self) -> None:
+        pass
+
+
+class _Pointer:
+    """Device memory that torch did not allocate, as the CUDA array interface describes it."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+class _CudaSegment(Segment):
+    kind = "cuda-ipc"
+
+    def __init__(self, memory: CudaMemory, address: int, size_bytes: int, owned: bool) -> None:
+        super().__init__(size_bytes)
+        self._memory, self._address, self._owned = memory, address, owned
+        self.tensor = torch.as_tensor(_Pointer(address, size_bytes), device=memory.device)
+
+    @property
+    def handle(self) -> bytes:
+        driver = self._memory.driver
+        return bytes(self._memory.call(driver.cuIpcGetMemHandle, self._address).reserved)
+
+    def close(self) -> None:
+        driver = self._memory.driver
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        address, self._address = self._address, 0
+        if address and self._owned:
+            self._memory.call(driver.cuMemFree, address)
+            self._memory.allocated -= self.size_bytes
+        elif address:
+            self._memory.call(driver.cuIpcCloseMemHandle, address)
+
+
+class CudaMemory(Memory):
+    """One GPU's memory. Uses torch's primary context."""
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise ConfigError(
+                "CUDA needs the package cuda-bindings, which is not installed:"
+                " pip install cuda-bindings, or use --device cpu"
+            ) from error
+        self.driver: Any = driver
+        self.device = device
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # makes the primary context, and makes it current
+        self._context = self.call(driver.cuCtxGetCurrent)
+        self.identity = f"cuda:{torch.cuda.get_device_properties(device).uuid}"
+        self.allocated = self._peak = 0
+        self._events: list[torch.cuda.Event] = []
+
+    def call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+        """Calls the driver and checks its code. MemoryShortageError, or PeerError with its name."""
+        error, *results = function(*arguments)
+        if error != self.driver.CUresult.CUDA_SUCCESS:
+            if error == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                raise MemoryShortageError(f"{function.__name__}: the GPU is out of memory")
+            raise PeerError(f"{function.__name__} failed: {error.name}")
+        return results[0] if results else None
+
+    def allocate(self, size_bytes: int) -> Segment:
+        address = int(self.call(self.driver.cuMemAlloc, size_bytes))
+        self.allocated += size_bytes
+        self._peak = max(self._peak, self.allocated)
+        return _CudaSegment(self, address, size_bytes, owned=True)
+
+    def open(self, kind: str, handle: bytes, size_bytes: int) -> Segment:
+        if kind != _CudaSegment.kind or len(handle) != 64:
+            raise PeerError(f"segment of kind {kind!r}: an engine on CUDA expects 'cuda-ipc'")
+        ipc = self.driver.CUipcMemHandle()
+        ipc.reserved = handle
+        flag = self.driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        address = int(self.call(self.driver.cuIpcOpenMemHandle, ipc, flag.value))
+        return _CudaSegment(self, address, size_bytes, owned=False)
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        driver, start = self.driver, memory.data_ptr()
+        pinned: list[int] = []
+
+        def unpin() -> None:
+            while pinned:
+                self.call(driver.cuMemHostUnregister, pinned.pop())
+
+        try:
+            for offset in range(0, memory.numel(), PIN_CHUNK_BYTES):
+                size = min(PIN_CHUNK_BYTES, memory.numel() - offset)
+                self.call(driver.cuMemHostRegister, start + offset, size, 0)
+                pinned.append(start + offset)
+        except (PeerError, MemoryShortageError) as error:
+            unpin()
+            raise MemoryShortageError(
+                f"the host store of {memory.numel():,} bytes cannot be page-locked ({error}):"
+                " raise the limit (ulimit -l unlimited, or docker run --ulimit memlock=-1)"
+            ) from error
+        return unpin
+
+    def marker(self) -> Callable[[], None]:
+        event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
+        event.record()
+
+        def wait() -> None:
+            event.synchronize()
+            self._events.append(event)
+
+        return wait
+
+    def peak_bytes(self) -> int:
+        return self._peak + torch.cuda.max_memory_reserved(self.device)
+
+    def bind_thread(self) -> None:
+        self.call(self.driver.cuCtxSetCurrent, self._context)
+        torch.cuda.set_device(self.device)
+
+
+def memory_for(device: str) -> Memory:
+    """The memory of ``device``: "auto", "cpu", "cuda", "cuda:1", or an identity from a peer."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return CpuMemory()
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {device!r}: no usable GPU found (torch {torch.__version__}):"
+            " check nvidia-smi, or use --device cpu"
+        )
+    return CudaMemory(_cuda_device(device))
+
+
+def _cuda_device(device: str) -> torch.device:
+    _, _, which = device.partition(":")
+    count = torch.cuda.device_count()
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.startswith("cuda:") and which.isdigit():
+        if int(which) < count:
+            return torch.device("cuda", int(which))
+        raise ConfigError(f"device {device!r}: this machine has {count} GPUs, numbered from 0")
+    # Two processes may number the GPUs differently: between them a GPU is known by its UUID.
+    for index in range(count):
+        if f"cuda:{torch.cuda.get_device_properties(index).uuid}" == device:
+            return torch.device("cuda", index)
+    raise ConfigError(
+        f"device {device!r} is not one of this process's: name auto, cpu, cuda or cuda:INDEX,"
+        " and give feeder and engine the same CUDA_VISIBLE_DEVICES"
+    )

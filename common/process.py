@@ -1,0 +1,186 @@
+"""Processes: their private run directory, who is alive, how they end. Knows nothing of models.
+
+A peer's death is seen through a pidfd, which becomes readable when the process is gone for good
+(memory, GPU context and all) and at no other moment: a process stopped in a debugger is not dead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+from common.errors import ConfigError, PeerError, UsageError, WeightFeederError
+from common.wait import Wakeup
+
+#: Names the descriptor that a launcher hands to the processes it starts.
+LEASH_VARIABLE = "WEIGHT_FEEDER_LEASH"
+
+
+def run_directory(name: str) -> Path:
+    """The private directory of all processes called ``name``; made, mode 0700, if it is not there."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise UsageError(
+            f"name {name!r} is not usable: give up to 64 letters, digits, dots, dashes, underscores"
+        )
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK):
+        base = Path(runtime) / "weight-feeder"
+    else:
+        base = Path(tempfile.gettempdir()) / f"weight-feeder-{os.getuid()}"
+    for directory in (base, base / name):
+        directory.mkdir(mode=0o700, parents=False, exist_ok=True)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise ConfigError(
+                f"run directory {directory} is not private to this user: expected a directory of"
+                " mode 0700 that you own; remove it, or set XDG_RUNTIME_DIR"
+            )
+    return base / name
+
+
+def remove_run_directory(directory: Path) -> None:
+    """Remove the directory, and the one above, if nobody has anything in them."""
+    for path in (directory, directory.parent):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+class Lock:
+    """Held by the one feeder (or engine) of a name for as long as it lives: the kernel drops it with
+    the process. The file tells others the pid.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path, self._what = path, what
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """UsageError, naming the holder's pid, if another process holds it."""
+        patience = time.monotonic() + 0.3
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                if time.monotonic() < patience:  # someone may only be looking, see ``holder``
+                    time.sleep(0.02)
+                    continue
+                raise UsageError(
+                    f"{self._what} {self._path.parent.name!r} runs already,"
+                    f" pid {self.holder(self._path) or '?'}: end that one, or choose another --name"
+                ) from None
+            try:  # its former holder may have removed the file between our open and our lock
+                if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(fd)
+        os.ftruncate(fd, 0)
+        os.write(fd, str(os.getpid()).encode())
+        self._fd = fd
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    @staticmethod
+    def holder(path: Path) -> int | None:
+        """The pid of the living holder, or None if nobody holds the lock."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            text = os.read(fd, 32)
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(fd)
+
+
+def watch(pid: int) -> int:
+    """A descriptor that becomes readable when ``pid`` has ended. PeerError if it has already."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise PeerError(f"process {pid} is gone: {error.strerror}") from error
+
+
+class Terminated(WeightFeederError):
+    """SIGTERM or SIGINT arrived."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number  # type: ignore[misc]
+
+
+class SignalFlag:
+    """For a poll loop: SIGTERM and SIGINT set ``received`` and wake the loop, no more."""
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        self.received = 0
+        self._wakeup = wakeup
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._wakeup.set()
+
+
+def raise_on_termination() -> None:
+    """For a main thread that computes: SIGTERM raises Terminated where it is."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+class Leash:
+    """The line to the launcher that started this process, if one did.
+
+    Its descriptor becomes readable when the launcher is gone, however it went: then this process
+    ends too. And the launcher is told through it why this process failed, so that it can print the
+    first cause last.
+    """
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        text = os.environ.pop(LEASH_VARIABLE, "")
+        if text.isdigit():
+            try:
+                self._socket = socket.socket(fileno=int(text))
+                self._socket.set_inheritable(False)
+            except OSError:
+                self._socket = None  # inherited through a process that closed it
+
+    @property
+    def fd(self) -> int | None:
+        return self._socket.fileno() if self._socket else None
+
+    def report(self, text: str) -> bool:
+        """Tell the launcher what went wrong; False if there is none, and the user must be told."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.sendall(json.dumps({"error": text}).encode() + b"\n")
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,280 @@
+"""Every message of the protocol, its limits, and how it becomes bytes. Knows no sockets.
+
+A message is one msgpack map: ``v`` the protocol's version, ``t`` the message's type, then its fields,
+all flat. Decoding is strict: a field that is missing, unknown, of another type or beyond its limit is
+a ProtocolError that says what was expected. docs/protocol.md is the prose to this table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import msgpack
+
+from common.errors import ProtocolError
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_TEXT = 4096
+MAX_ITEMS = 1 << 16
+MAX_INT = (1 << 63) - 1
+
+Numbers = tuple[int, ...]
+Fields = dict[str, int | float | str | bool]
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First message of a peer. ``role``: "engine" or "control". ``fingerprint``: the store that an
+    engine in the middle of its work must have, "" for any."""
+
+    role: str
+    pid: int
+    fingerprint: str
+    formats: str  # comma-separated slot formats that the engine can read
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The feeder's answer to an engine's Hello."""
+
+    pid: int
+    store: str
+    fingerprint: str
+    dtype: str
+    device: str  # "cpu", or "cuda:" and the GPU's UUID
+    strategy: str
+    cache: str
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Export:
+    """A segment the engine may map. ``kind``: "cuda-ipc" (``handle``: the 64 bytes) or "shm"
+    (``handle``: the path to open)."""
+
+    segment: int
+    kind: str
+    size_bytes: int
+    handle: bytes
+
+
+@dataclass(frozen=True)
+class Retire:
+    """The segment goes: the engine unmaps it and answers Retired."""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class Retired:
+    """The engine has no mapping of the segment any more."""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The engine has learned the order in which a pass uses the weights."""
+
+    weights: Numbers
+
+
+@dataclass(frozen=True)
+class Need:
+    """The engine is blocked on this weight."""
+
+    weight: int
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The slot is filled, complete on the device, and the engine's to read until it releases it."""
+
+    weight: int
+    slot: int
+    generation: int
+    segment: int
+    offset_bytes: int
+    size_bytes: int
+    format: str
+    standing: bool
+    checksum: int  # of the slot's bytes in verify mode, else 0
+
+
+@dataclass(frozen=True)
+class Release:
+    """The kernels that read these grants are complete. Two lists of one length."""
+
+    slots: Numbers
+    generations: Numbers
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """The feeder asks for the grant back. The answer is a Release, when no kernel reads it."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class StatusRequest:
+    """What are you doing? Answered by Status."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Answer to StatusRequest: flat numbers and texts by name."""
+
+    fields: Fields
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Change the strategy ("" leaves it) and the cache ("" leaves it). Answered by Done or Failure."""
+
+    strategy: str
+    cache: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the feeder. Answered by Done."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request was carried out."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something was refused or went wrong. ``code``: one word for programs, ``text``: one line."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Goodbye:
+    """The sender is leaving of its own will."""
+
+    reason: str
+
+
+Message = (
+    Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Release | Revoke
+    | StatusRequest | Status | Swap | Stop | Done | Failure | Goodbye
+)  # fmt: skip
+
+TYPES: dict[str, type[Message]] = {
+    "hello": Hello, "welcome": Welcome, "export": Export, "retire": Retire, "retired": Retired,
+    "plan": Plan, "need": Need, "grant": Grant, "release": Release, "revoke": Revoke,
+    "status-request": StatusRequest, "status": Status, "swap": Swap, "stop": Stop, "done": Done,
+    "failure": Failure, "goodbye": Goodbye,
+}  # fmt: skip
+_NAMES = {cls: name for name, cls in TYPES.items()}
+_SCHEMA = {
+    cls: {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    for cls in TYPES.values()
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message's bytes. ProtocolError if a field is not what the message declares."""
+    cls = type(message)
+    values = {name: getattr(message, name) for name in _SCHEMA[cls]}
+    _check(cls, values)
+    data: bytes = msgpack.packb({"v": VERSION, "t": _NAMES[cls], **values})
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"{_NAMES[cls]} of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """The message in ``data``. ProtocolError, with what was expected, for anything else."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"message of {len(data)} bytes: expected at most {MAX_MESSAGE_BYTES}"
+        )
+    try:
+        fields = msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=False,
+            strict_map_key=True,
+            max_ext_len=0,
+            object_pairs_hook=_unique,
+        )
+    except ProtocolError:
+        raise
+    except Exception as error:  # msgpack raises a dozen types, all of them mean the same
+        raise ProtocolError(
+            f"not msgpack ({type(error).__name__}): expected one map of fields"
+        ) from None
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"{type(fields).__name__} found: expected one map of fields")
+    version, kind = fields.pop("v", None), fields.pop("t", None)
+    if type(version) is not int or version != VERSION:
+        raise ProtocolError(f"protocol version {_short(version)} found: expected {VERSION}")
+    cls = TYPES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError(f"message type {_short(kind)} found: expected one of {', '.join(TYPES)}")
+    _check(cls, fields)
+    return cls(**fields)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ProtocolError("a field stands twice: expected each once")
+    return fields
+
+
+def _check(cls: type[Message], fields: dict[Any, Any]) -> None:
+    schema = _SCHEMA[cls]
+    if fields.keys() != schema.keys():
+        raise ProtocolError(
+            f"{_NAMES[cls]} with fields {_short(sorted(map(str, fields)))}:"
+            f" expected {', '.join(schema) or 'none'}"
+        )
+    for name, declared in schema.items():
+        problem = _problem(declared, fields[name])
+        if problem:
+            raise ProtocolError(f"{_NAMES[cls]}.{name} is {_short(fields[name])}: expected {problem}")
+    if cls is Release and len(fields["slots"]) != len(fields["generations"]):
+        raise ProtocolError("release with two lists of different length: expected one generation a slot")
+
+
+def _problem(declared: Any, value: Any) -> str | None:
+    """What was expected instead of ``value``, or None if it is right."""
+    if declared is int:
+        good = type(value) is int and 0 <= value <= MAX_INT
+        return None if good else f"an integer from 0 to {MAX_INT}"
+    if declared is bool:
+        return None if type(value) is bool else "true or false"
+    if declared is str:
+        return None if type(value) is str and len(value) <= MAX_TEXT else f"text up to {MAX_TEXT}"
+    if declared is bytes:
+        good = type(value) is bytes and len(value) <= MAX_TEXT
+        return None if good else f"at most {MAX_TEXT} bytes"
+    if declared == Numbers:
+        good = type(value) in (tuple, list) and len(value) <= MAX_ITEMS
+        good = good and all(_problem(int, item) is None for item in value)
+        return None if good else f"at most {MAX_ITEMS} integers from 0 to {MAX_INT}"
+    good = type(value) is dict and len(value) <= MAX_ITEMS
+    good = good and all(
+        type(key) is str and len(key) <= MAX_TEXT and type(item) in (int, float, str, bool)
+        for key, item in value.items()
+    )
+    return None if good else "a map of names to numbers and texts"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,151 @@
+"""What the feeder has lent: mappings of its segments, and leases of its slots. Bookkeeping only.
+
+Guarded by its owner's lock; knows no sockets and no streams. A mapping goes only when nothing can
+read it any more, also when the feeder that made it is dead: the memory of a dead exporter stays
+readable under a living mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+import torch
+
+from common import protocol as p
+from common.memory import Segment
+
+
+@dataclass(eq=False)
+class Mapping:
+    """A mapped segment. ``users``: leases in it that have not been returned."""
+
+    id: int
+    segment: Segment
+    users: int = 0
+    orphaned: bool = False  # the feeder that lent it is gone
+
+
+@dataclass(eq=False)
+class Lease:
+    """A grant as the engine holds it. ``data``: the slot's bytes, uint8."""
+
+    grant: p.Grant
+    mapping: Mapping
+    data: torch.Tensor
+    readers: int = 0  # between acquire and release
+    recalled: bool = False  # revoked, or its feeder is gone: return it when nobody reads it
+    returning: bool = False
+    _views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+
+    def weight(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The dequantized weight in the slot, ``shape`` [N, K] of ``dtype``; no copy."""
+        view = self._views.get((dtype, shape))
+        if view is None:
+            view = self._views[dtype, shape] = self.data.view(dtype).view(shape)
+        return view
+
+
+class Ledger:
+    """Leases by weight and by slot, mappings by segment."""
+
+    def __init__(self) -> None:
+        self._offered: dict[int, Lease] = {}  # by weight: granted and not taken, or standing
+        self._by_slot: dict[int, Lease] = {}
+        self._mappings: dict[int, Mapping] = {}
+        self._going: list[Mapping] = []
+
+    def add(self, segment_id: int, segment: Segment) -> None:
+        """A segment of the feeder's has been mapped."""
+        self._mappings[segment_id] = Mapping(segment_id, segment)
+
+    def grant(self, grant: p.Grant) -> bool:
+        """Note a grant; False if it names a segment, an extent or a slot that cannot be."""
+        mapping = self._mappings.get(grant.segment)
+        end = grant.offset_bytes + grant.size_bytes
+        if mapping is None or end > mapping.segment.size_bytes:
+            return False
+        if grant.slot in self._by_slot or grant.weight in self._offered:
+            return False
+        lease = Lease(grant, mapping, mapping.segment.tensor[grant.offset_bytes : end])
+        mapping.users += 1
+        self._offered[grant.weight] = self._by_slot[grant.slot] = lease
+        return True
+
+    def take(self, weight: int) -> Lease | None:
+        """The lease of ``weight`` for one more reader, if it is granted."""
+        lease = self._offered.get(weight)
+        if lease is not None:
+            lease.readers += 1
+            if lease.recalled or not lease.grant.standing:
+                del self._offered[weight]
+        return lease
+
+    def put(self, lease: Lease) -> bool:
+        """A reader is done; whether the lease is to be returned when its kernels are complete."""
+        lease.readers -= 1
+        if lease.readers or (lease.grant.standing and not lease.recalled):
+            return False
+        lease.returning = True
+        return True
+
+    def recall(self, slot: int, generation: int, wanted: Container[int]) -> Lease | None:
+        """The feeder asks for a grant back: the lease, if it is to be returned now.
+
+        One that is being read is returned by its ``put``; so is one that a reader waits for
+        (``wanted``), who is about to take it.
+        """
+        lease = self._by_slot.get(slot)
+        if lease is None or lease.grant.generation != generation:
+            return None
+        if lease.grant.weight in wanted and not lease.readers:
+            lease.recalled = True
+            return None
+        return self._recall(lease)
+
+    def returned(self, lease: Lease) -> bool:
+        """Nothing reads the lease any more; whether its feeder is still there to be told."""
+        lease.mapping.users -= 1
+        if self._by_slot.get(lease.grant.slot) is not lease:
+            return False
+        del self._by_slot[lease.grant.slot]
+        return True
+
+    def lose(self) -> list[Lease]:
+        """The feeder is gone: the leases to be returned now, to nobody, so that mappings can go."""
+        leases = [lease for lease in self._by_slot.values() if not lease.returning]
+        self._by_slot.clear()
+        idle = [lease for lease in map(self._recall, leases) if lease is not None]
+        for mapping in self._mappings.values():
+            mapping.orphaned = True
+        self._going.extend(self._mappings.values())
+        self._mappings.clear()
+        return idle
+
+    def retire(self, segment_id: int) -> None:
+        """The segment is to be unmapped as soon as nothing reads it."""
+        mapping = self._mappings.pop(segment_id, None)
+        if mapping is not None:
+            self._going.append(mapping)
+
+    def unmap_idle(self) -> list[int]:
+        """Close every going mapping that nothing reads; the segments to report to their feeder."""
+        idle = [mapping for mapping in self._going if not mapping.users]
+        for mapping in idle:
+            self._going.remove(mapping)
+            mapping.segment.close()
+        return [mapping.id for mapping in idle if not mapping.orphaned]
+
+    def close(self) -> None:
+        """Unmap everything. All kernels must be complete."""
+        for mapping in [*self._mappings.values(), *self._going]:
+            mapping.segment.close()
+
+    def _recall(self, lease: Lease) -> Lease | None:
+        lease.recalled = True
+        if self._offered.get(lease.grant.weight) is lease:
+            del self._offered[lease.grant.weight]
+        if lease.readers or lease.returning:
+            return None
+        lease.returning = True
+        return lease

@@ -1,0 +1,95 @@
+"""Builds the model without ever holding its weights: residents from the store, Linears fed by slots."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, Qwen2ForCausalLM
+
+from common.errors import ConfigError, StoreError
+from common.store import Store
+from engine.client import WeightClient
+from engine.linear import FedLinear
+
+ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
+
+
+def choose_attention(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention implementation, by transformers' names. ConfigError if ``asked`` cannot run."""
+    reason = ""
+    if importlib.util.find_spec("flash_attn") is None:
+        reason = "the package flash-attn is not installed"
+    elif device.type != "cuda":
+        reason = f"it does not run on {device.type}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        reason = f"it does not take {dtype}"
+    if asked == "auto":
+        return "sdpa" if reason else "flash_attention_2"
+    if asked == "flash_attention_2" and reason:
+        raise ConfigError(f"attention flash_attention_2 cannot be used: {reason}: use auto or sdpa")
+    return asked
+
+
+def build_model(
+    store: Store,
+    client: WeightClient,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """Qwen2ForCausalLM on ``device`` in which every Linear that the store holds is a FedLinear.
+
+    Raises StoreError if store and model disagree.
+    """
+    config = AutoConfig.from_pretrained(store.path, local_files_only=True)
+    config._attn_implementation = choose_attention(attention, device, dtype)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    # What no checkpoint holds (rotary frequencies) is computed at construction: do that for real.
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    residents = {
+        entry.name: store.read_resident(entry).to(device=device, dtype=dtype)
+        for entry in store.residents
+    }
+    _feed_linears(model, store, client, dtype, residents)
+    _assign(model, residents)
+    if store.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    missing = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
+    if missing:
+        raise StoreError(f"store {store.path} lacks {missing[0]} (and {len(missing) - 1} more)")
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)
+
+
+def _feed_linears(
+    model: nn.Module,
+    store: Store,
+    client: WeightClient,
+    dtype: torch.dtype,
+    residents: dict[str, torch.Tensor],
+) -> None:
+    for index, entry in enumerate(store.weights):
+        parent_name, _, name = entry.name.rpartition(".")
+        try:
+            linear = model.get_submodule(entry.name)
+        except AttributeError:
+            raise StoreError(f"store {store.path} has {entry.name}, the model has not") from None
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != entry.shape:
+            raise StoreError(f"{entry.name} of store {store.path} does not fit the model's")
+        bias = residents.pop(f"{entry.name}.bias", None)
+        if (bias is None) != (linear.bias is None):
+            raise StoreError(f"{entry.name} of store {store.path}: the bias does not fit the model's")
+        fed = FedLinear(client, index, entry.shape, dtype, bias)
+        setattr(model.get_submodule(parent_name), name, fed)
+
+
+def _assign(model: nn.Module, residents: dict[str, torch.Tensor]) -> None:
+    for name, tensor in residents.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,137 @@
+"""Figures for people: the live line on a terminal, the summary at the end. Everything on stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import threading
+import time
+from typing import Any
+
+from common.config import format_bytes
+from engine.client import WeightClient
+from engine.generate import Answer
+
+_INTERVAL_S = 0.5
+
+
+class Report:
+    """Collects what a run did. ``with`` it round the generation; then ``summary``."""
+
+    def __init__(self, client: WeightClient) -> None:
+        self._client = client
+        self._answers: list[Answer] = []
+        self._tokens = 0
+        self._before = client.ask_status()
+        self._stall_s = client.stats.stall_s
+        self._start = time.perf_counter()
+        self._live: _LiveLine | None = None
+
+    def token(self) -> None:
+        self._tokens += 1
+
+    def add(self, answer: Answer) -> None:
+        self._answers.append(answer)
+
+    def __enter__(self) -> Report:
+        if sys.stderr.isatty():
+            self._live = _LiveLine(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.close()
+
+    def line(self) -> str:
+        """The live line: tok/s, share of time stalled, link GB/s."""
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        stalled = (self._client.stats.stall_s - self._stall_s) / seconds
+        status = self._client.ask_status(timeout_s=0.2)
+        link = float(status.get("link_bytes_per_s", 0)) / 1e9
+        return (
+            f"{self._tokens} tokens, {self._tokens / seconds:.2f} tok/s,"
+            f" stalled {100 * min(1.0, stalled):.0f} %, link {link:.2f} GB/s"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run, in the units that their names say."""
+        after = self._client.ask_status()
+        seconds = sum(answer.seconds for answer in self._answers)
+        tokens = sum(len(answer.ids) for answer in self._answers)
+        gaps = [
+            1000 * (later - earlier)
+            for answer in self._answers
+            for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False)
+        ]
+        ttft = [answer.ttft_s for answer in self._answers]
+        streamed = int(after.get("streamed_bytes", 0)) - int(self._before.get("streamed_bytes", 0))
+        stall_s = self._client.stats.stall_s - self._stall_s
+        engine_bytes = int(self._client.peak_bytes())
+        feeder_bytes = int(after.get("peak_bytes", 0))
+        return {
+            "prompts": len(self._answers),
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "tok_per_s": round(tokens / seconds, 3) if seconds else 0.0,
+            "ttft_s": round(statistics.median(ttft), 4) if ttft else 0.0,
+            "ms_per_token_median": round(statistics.median(gaps), 3) if gaps else 0.0,
+            "streamed_bytes": max(0, streamed),
+            "link_gb_per_s": round(max(0, streamed) / seconds / 1e9, 3) if seconds else 0.0,
+            "stall_share": round(min(1.0, stall_s / seconds), 4) if seconds else 0.0,
+            "engine_peak_bytes": engine_bytes,
+            "feeder_peak_bytes": feeder_bytes,
+            "peak_bytes": engine_bytes + feeder_bytes,
+            "strategy": after.get("strategy", ""),
+            "cache": after.get("cache", ""),
+            "device": after.get("device", ""),
+            "dtype": after.get("dtype", ""),
+        }
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """On stderr: one line for people, or one JSON object."""
+    if as_json:
+        print(json.dumps(summary), file=sys.stderr, flush=True)
+        return
+    print(
+        f"engine: {summary['tokens']} tokens in {summary['seconds']:.2f} s:"
+        f" {summary['tok_per_s']:.2f} tok/s, TTFT {summary['ttft_s']:.3f} s;"
+        f" streamed {format_bytes(summary['streamed_bytes'])}"
+        f" at {summary['link_gb_per_s']:.2f} GB/s, stalled {100 * summary['stall_share']:.0f} %;"
+        f" peak device memory {format_bytes(summary['peak_bytes'])}"
+        f" (engine {format_bytes(summary['engine_peak_bytes'])},"
+        f" feeder {format_bytes(summary['feeder_peak_bytes'])})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+class _LiveLine:
+    """Keeps the figures on the terminal's last row while text scrolls above it."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._end = threading.Event()
+        self._rows = shutil.get_terminal_size().lines
+        # Make room, bound scrolling to the rows above, and go back to where the text was.
+        self._write(f"\n\x1b[1A\x1b7\x1b[1;{self._rows - 1}r\x1b8")
+        self._thread = threading.Thread(target=self._run, name="live-line", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        self._write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+
+    def _run(self) -> None:
+        while not self._end.wait(_INTERVAL_S):
+            width = shutil.get_terminal_size().columns
+            text = self._report.line()[: width - 1]
+            self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K{text}\x1b8")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()

@@ -1,0 +1,121 @@
+"""Starts an engine: finds its feeder, builds the model, answers the prompts, returns everything."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from common.errors import PeerError, UsageError
+from common.log import log
+from common.memory import memory_for
+from common.process import Leash, Lock, raise_on_termination, remove_run_directory, run_directory
+from common.store import Store
+from engine.client import WeightClient
+from engine.prompts import Prompt, read_prompts, record
+
+
+def run(arguments: argparse.Namespace, leash: Leash) -> None:
+    """Answer what the flags ask. Raises WeightFeederError."""
+    from engine.generate import Sampling  # transformers takes seconds to import: flags come first
+
+    prompts, sampling = _prompts(arguments), _sampling(arguments, Sampling)
+    raise_on_termination()
+    directory = run_directory(arguments.name)
+    with ExitStack() as stack:
+        stack.callback(remove_run_directory, directory)
+        lock = Lock(directory / "engine.lock", "engine")
+        lock.acquire()
+        stack.callback(lock.release)
+        output = _open_output(arguments.output, stack)
+        client = WeightClient(directory, leash.fd)
+        stack.callback(client.close)
+        _generate(arguments, client, prompts, sampling, output)
+
+
+def _generate(arguments, client, prompts, sampling, output):  # type: ignore[no-untyped-def]
+    from engine.generate import Generator
+    from engine.model import build_model
+    from engine.report import Report, print_summary
+    from engine.text import codec_for
+
+    feeder = client.wait_for_feeder()
+    memory = memory_for(feeder.device)
+    client.use(memory)
+    store = Store.open(Path(feeder.store))
+    if store.fingerprint != feeder.fingerprint:
+        raise PeerError(
+            f"store {store.path} is now {store.fingerprint}, the feeder loaded {feeder.fingerprint}:"
+            " restart the feeder"
+        )
+    dtype = getattr(torch, feeder.dtype)
+    codec = codec_for(store)
+    model = build_model(store, client, memory.device, dtype, arguments.attention)
+    generator = Generator(model, codec, sampling, arguments.raw)
+    if arguments.wait_full:
+        _wait_full(client)
+    report = Report(client)
+    try:
+        with report:
+            for prompt in prompts:
+                _answer(prompt, generator, report, output, bool(arguments.prompts))
+    finally:
+        if memory.device.type == "cuda":
+            torch.cuda.synchronize(memory.device)  # slots go back only when no kernel reads them
+    print_summary(report.summary(), arguments.json)
+
+
+def _answer(prompt, generator, report, output, is_list):  # type: ignore[no-untyped-def]
+    show = output is not sys.stdout or not is_list  # the JSON lines have stdout to themselves
+
+    def write(text: str) -> None:
+        if show:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    answer = generator.answer(prompt.text, write, report.token)
+    if show:
+        write("\n")
+    report.add(answer)
+    if is_list:
+        tokens = len(answer.ids)
+        line = record(prompt, answer.text, tokens, answer.seconds, answer.ttft_s)
+        output.write(line + "\n")
+        output.flush()
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE")
+    if arguments.output is not None and arguments.prompts is None:
+        raise UsageError("--output is for the answers of --prompts: give --prompts FILE too")
+    if arguments.prompt is not None:
+        return [Prompt(arguments.prompt)]
+    return read_prompts(Path(arguments.prompts))
+
+
+def _sampling(arguments, sampling_class):  # type: ignore[no-untyped-def]
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "greedy")
+    return sampling_class(**{name: getattr(arguments, name) for name in names})
+
+
+def _open_output(path: str | None, stack: ExitStack) -> TextIO:
+    if path is None:
+        return sys.stdout
+    try:
+        return stack.enter_context(open(path, "x", encoding="utf-8"))
+    except FileExistsError:
+        raise UsageError(f"output file {path} exists: remove it, or name another") from None
+    except OSError as error:
+        raise UsageError(f"output file {path} cannot be written: {error.strerror}") from error
+
+
+def _wait_full(client: WeightClient) -> None:
+    log.info("waiting until the cache is full")
+    while not client.ask_status().get("full", False):
+        time.sleep(0.05)

@@ -1,0 +1,1 @@
+"""The feeder: owns the host store and every slot. Never imports the engine."""

@@ -1,0 +1,51 @@
+"""``python -m feeder``: serve a store, or talk to the feeder that does."""
+
+from __future__ import annotations
+
+import sys
+
+from common.arguments import Parser, add_common, add_feeder
+from common.entry import run_process
+
+_EPILOG = """\
+examples:
+  python -m feeder --model STORE --cache 128
+  python -m feeder swap resident --cache 10GiB
+  python -m feeder status --watch
+  python -m feeder stop
+other commands: swap, status, stop (each with --help)
+"""
+
+
+def _parser() -> Parser:
+    import argparse
+
+    parser = Parser(
+        prog="python -m feeder",
+        description="Keeps an INT4 store in pinned host memory and feeds an engine from it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="STORE", help="a store directory")
+    add_feeder(parser)
+    add_common(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in ("swap", "status", "stop"):
+        from feeder.control import main as control
+
+        return control(argv)
+    arguments = _parser().parse_args(argv)
+
+    def work(leash):  # type: ignore[no-untyped-def]
+        from feeder.start import serve
+
+        serve(arguments, leash)
+
+    return run_process("feeder", arguments.verbose, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

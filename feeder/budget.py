@@ -1,0 +1,75 @@
+"""How large the arena is: what was asked, what the plan needs, what the device has. No allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.config import Cache, format_bytes
+from common.errors import MemoryShortageError
+from common.plan import Capacity, Plan
+from common.store import Store
+from feeder.arena import aligned
+from feeder.strategies.base import Strategy
+
+#: What an engine that has yet to start will take beside its residents: a CUDA context, the KV cache of
+#: a few thousand tokens, activations.
+ENGINE_BYTES = 1536 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, before the device has been looked at."""
+
+    plan: Plan
+    sizes: Sequence[int]
+    names: Sequence[str]
+    cache: Cache
+
+    def capacity(self, strategy: Strategy, free_bytes: int) -> tuple[Capacity, str | None]:
+        """The capacity, never more than was asked, and one line if it had to be cut to what is free.
+
+        MemoryShortageError, saying how much is needed, where not even one weight fits.
+        """
+        total = len(self.sizes)
+        count = min(self.cache.count or total, total)
+        everything = sum(self.sizes)
+        if self.cache.size_bytes is not None:
+            asked = min(self.cache.size_bytes, everything)
+        else:
+            asked = strategy.arena_bytes(self.plan, self.sizes, count)
+            asked = min(max(asked, max(self.sizes)), everything)
+        largest = max(range(total), key=lambda weight: self.sizes[weight])
+        need = (
+            f"the largest weight, {self.names[largest]}, needs {format_bytes(self.sizes[largest])}"
+            f" ({self.sizes[largest]:,} bytes) in a slot"
+        )
+        if asked < self.sizes[largest]:
+            raise MemoryShortageError(
+                f"cache {self.cache} holds not even one weight: {need}: give at least that much"
+            )
+        if free_bytes < self.sizes[largest]:
+            raise MemoryShortageError(
+                f"{format_bytes(max(0, free_bytes))} of device memory can be used for slots: {need}:"
+                " free device memory, or use another device"
+            )
+        if asked > free_bytes:
+            return Capacity(count, free_bytes), (
+                f"cache {self.cache} would take {format_bytes(asked)}; the device has"
+                f" {format_bytes(free_bytes)} for slots: cut to that"
+            )
+        return Capacity(count, asked), None
+
+
+def slot_sizes(store: Store, dtype: torch.dtype) -> list[int]:
+    """Bytes of each weight in a dequantized slot, by weight."""
+    return [aligned(entry.elements * dtype.itemsize) for entry in store.weights]
+
+
+def engine_reserve_bytes(store: Store, device: torch.device, engine_runs: bool) -> int:
+    """Device memory to leave to the engine. One that runs already has taken most of its share."""
+    if device.type == "cpu":
+        return 256 << 20
+    return 256 << 20 if engine_runs else ENGINE_BYTES + store.resident_bytes

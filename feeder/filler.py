@@ -1,0 +1,117 @@
+"""Fills: brings one weight from the host store into a slot. Knows nothing of strategies or peers.
+
+On CUDA everything is queued and nothing waits: tiles are copied on one stream into a ring of staging
+buffers and dequantized on another, so that the link never idles between two fills. ``start`` returns a
+function that blocks until the slot is complete on the device; Completions calls it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from common.memory import CudaMemory, Memory
+from feeder.dequantize import dequantize_into
+from feeder.host import HostStore, Tile
+
+STAGING_TILES = 4
+
+
+class Filler(ABC):
+    """``streamed_bytes``: what has crossed the link so far."""
+
+    def __init__(self, host: HostStore) -> None:
+        self.host = host
+        self.streamed_bytes = 0
+
+    @abstractmethod
+    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
+        """Begin to fill ``destination`` (N x K elements, flat); the function returned blocks until
+        the bytes are there. Fills complete in the order they were started."""
+
+    def close(self) -> None:
+        """Free what the fills used. All fills must be complete."""
+
+
+class CpuFiller(Filler):
+    """Dequantizes in the waiting function, so that fills are as asynchronous as on a GPU."""
+
+    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
+        tiles = self.host.tiles[weight]
+        self.streamed_bytes += sum(tile.size_bytes for tile in tiles)
+
+        def fill() -> None:
+            for tile in tiles:
+                out = destination[tile.first :][: tile.elements]
+                codes, scales = self.host.codes(weight, tile), self.host.scales(weight, tile)
+                dequantize_into(codes, scales, out)
+
+        return fill
+
+
+class CudaFiller(Filler):
+    """Copies on one stream, dequantizes on another."""
+
+    def __init__(self, host: HostStore, memory: CudaMemory) -> None:
+        super().__init__(host)
+        self._memory = memory
+        largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
+        self._stride = -(-largest // 512) * 512
+        self._staging = memory.allocate(self._stride * STAGING_TILES)
+        self._copy = torch.cuda.Stream(memory.device)
+        self._compute = torch.cuda.Stream(memory.device)
+        self._arrived = [torch.cuda.Event() for _ in range(STAGING_TILES)]
+        self._consumed = [torch.cuda.Event() for _ in range(STAGING_TILES)]
+        self._next = 0
+        self._idle_events: list[torch.cuda.Event] = []
+
+    @staticmethod
+    def bytes_needed(host: HostStore) -> int:
+        """Device memory that the staging buffers take."""
+        largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
+        return (-(-largest // 512) * 512) * STAGING_TILES
+
+    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
+        for tile in self.host.tiles[weight]:
+            self._tile(tile, destination[tile.first :][: tile.elements])
+            self.streamed_bytes += tile.size_bytes
+        event = self._idle_events.pop() if self._idle_events else torch.cuda.Event(blocking=True)
+        event.record(self._compute)
+
+        def wait() -> None:
+            event.synchronize()
+            self._idle_events.append(event)
+
+        return wait
+
+    def _tile(self, tile: Tile, out: torch.Tensor) -> None:
+        index = self._next
+        self._next = (index + 1) % STAGING_TILES
+        memory, driver = self._memory, self._memory.driver
+        staging = self._staging.tensor[index * self._stride :][: tile.size_bytes]
+        self._copy.wait_event(self._consumed[index])  # its last tile has been dequantized
+        source = self.host.tensor.data_ptr() + tile.offset_bytes
+        memory.call(
+            driver.cuMemcpyHtoDAsync,
+            staging.data_ptr(), source, tile.size_bytes, self._copy.cuda_stream,
+        )  # fmt: skip
+        self._arrived[index].record(self._copy)
+        self._compute.wait_event(self._arrived[index])
+        with torch.cuda.stream(self._compute):
+            codes = staging[: (tile.elements + 1) // 2]
+            scales = staging[tile.scales_at :].view(torch.bfloat16)
+            dequantize_into(codes, scales, out)
+        self._consumed[index].record(self._compute)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._memory.device)
+        self._staging.close()
+
+
+def filler_for(host: HostStore, memory: Memory) -> Filler:
+    """The filler that suits the memory's device."""
+    if isinstance(memory, CudaMemory):
+        return CudaFiller(host, memory)
+    return CpuFiller(host)

@@ -1,0 +1,76 @@
+"""Starts a feeder: lock, store, host store, device, slots, and takes them down in reverse order."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from common.config import Cache, format_bytes
+from common.errors import StoreError
+from common.log import log
+from common.memory import Memory, memory_for
+from common.process import Leash, Lock, remove_run_directory, run_directory
+from common.shared import SHM_DIRECTORY
+from common.store import Store
+from feeder.filler import filler_for
+from feeder.host import LAYOUT_VERSION, HostStore
+from feeder.serve import Feeder
+from feeder.strategies.registry import make_strategy
+
+
+def serve(arguments: argparse.Namespace, leash: Leash) -> None:
+    """Serve the store ``arguments.model`` until told to stop. Raises WeightFeederError."""
+    cache = Cache.parse(arguments.cache)
+    strategy = make_strategy(arguments.strategy)
+    path = Path(arguments.model)
+    if not (path / "store.json").is_file() and (path / "config.json").is_file():
+        raise StoreError(
+            f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
+            " first, or launch.py, which does"
+        )
+    store = Store.open(path)
+    directory = run_directory(arguments.name)
+    with ExitStack() as stack:
+        stack.callback(remove_run_directory, directory)
+        lock = Lock(directory / "feeder.lock", "feeder")
+        lock.acquire()
+        stack.callback(lock.release)
+        torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) // 2)))
+        memory = memory_for(arguments.device)
+        dtype = _dtype(arguments.dtype, store, memory)
+        host = _host_store(store, memory, arguments)
+        stack.callback(host.close)
+        filler = filler_for(host, memory)
+        feeder = Feeder(host, memory, filler, directory, dtype, cache, strategy, arguments.verify)
+        stack.callback(feeder.close)
+        capacity = feeder.scheduler.capacity
+        log.info(
+            "serving %s as %r: strategy %s, %d of %d weights in %s of %s slots on %s",
+            store.path.name, arguments.name, strategy.name, capacity.count, len(store.weights),
+            format_bytes(capacity.size_bytes), str(dtype).removeprefix("torch."), memory.identity,
+        )  # fmt: skip
+        feeder.run(leash)
+
+
+def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:
+    if asked == "auto":
+        asked = store.dtype if memory.device.type == "cuda" else "float32"
+    return getattr(torch, asked)
+
+
+def _host_store(store: Store, memory: Memory, arguments: argparse.Namespace) -> HostStore:
+    """Adopted from a former feeder if it left one of the same store, else loaded."""
+    key = f"{os.getuid()}-{arguments.name}-{store.fingerprint}-{LAYOUT_VERSION}"
+    name = f"weight-feeder-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    adopted = HostStore.adopt(store, memory, name)
+    if adopted is not None:
+        log.info("the host store that a former feeder kept is used again")
+        if not arguments.keep_store:  # it is ours now, and ends with us
+            (SHM_DIRECTORY / name).unlink(missing_ok=True)
+        return adopted
+    return HostStore.load(store, memory, name if arguments.keep_store else None)

@@ -1,0 +1,1 @@
+"""Strategies: which weights should be in slots. Pure: the standard library and ``common``, no more."""

@@ -1,0 +1,144 @@
+"""One command: start the feeder and the engine, watch over both, give back everything.
+
+Knows neither models nor devices and imports no torch: a launcher with a CUDA context would take
+device memory from the slots. It starts exactly ``python -m feeder …`` and ``python -m engine …``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
+from common.checkpoint_fingerprint import checkpoint_fingerprint
+from common.config import Cache
+from common.errors import EXIT_OK, UsageError, WeightFeederError
+from common.store import Store
+from common.supervise import Child, Supervisor
+
+ROOT = Path(__file__).resolve().parent
+DEMO_MODEL = ROOT / "demo" / "model"
+DEMO_PROMPT = "1.1+2.3=?"
+
+_EPILOG = """\
+examples:
+  python launch.py --cache 128
+  python launch.py --model ~/models/Qwen2.5-7B-Instruct --cache 10GiB --prompt 'Hello'
+  python launch.py --model STORE --cache -1 --prompts in.jsonl --output out.jsonl
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv``; the exit code."""
+    arguments, feeder_actions, engine_actions = _parse(argv)
+    try:
+        Cache.parse(arguments.cache)  # a mistake in it should not wait for the quantizer
+        with Supervisor() as supervisor:
+            return _run(arguments, feeder_actions, engine_actions, supervisor)
+    except WeightFeederError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _parse(
+    argv: list[str],
+) -> tuple[argparse.Namespace, list[argparse.Action], list[argparse.Action]]:
+    parser = Parser(
+        prog="python launch.py",
+        description="Runs a Qwen2 model whose weights need not fit the GPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="a checkpoint or a store; default: the demo model"
+    )
+    parser.add_argument(
+        "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
+    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--feeder-only", action="store_true", help="start no engine, print its command")
+    one.add_argument("--engine-only", action="store_true", help="start no feeder, print its command")
+    engine = add_engine(parser.add_argument_group("engine"))
+    feeder = add_feeder(parser.add_argument_group("feeder"))
+    both = add_common(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.prompt is None and arguments.prompts is None:
+        arguments.prompt = DEMO_PROMPT
+    return arguments, [*feeder, *both], [*engine, *both]
+
+
+def _run(
+    arguments: argparse.Namespace,
+    feeder_actions: list[argparse.Action],
+    engine_actions: list[argparse.Action],
+    supervisor: Supervisor,
+) -> int:
+    engine = [sys.executable, "-m", "engine", *as_flags(arguments, engine_actions)]
+    feeder = [sys.executable, "-m", "feeder", *as_flags(arguments, feeder_actions)]
+    children: list[Child] = []
+    if not arguments.feeder_only:
+        # First, since importing transformers takes longest: the engine waits for its feeder.
+        children.append(supervisor.start("engine", engine))
+    store, quantize = _store(arguments)
+    feeder.append(f"--model={store}")
+    if arguments.engine_only:
+        print(f"launch: the feeder's command: {shlex.join(feeder)}", file=sys.stderr)
+    else:
+        if quantize:
+            with _only_one(store):
+                if not (store / "store.json").is_file():
+                    supervisor.run("quantizer", quantize)
+        children.append(supervisor.start("feeder", feeder))
+    if arguments.feeder_only:
+        print(f"launch: the engine's command: {shlex.join(engine)}", file=sys.stderr)
+    supervisor.wait(until=children[0])
+    return EXIT_OK
+
+
+def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The store directory, and the command that makes it if it has to be made."""
+    model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
+    if not model.is_dir():
+        raise UsageError(f"model {model} is no directory: give a checkpoint or a store")
+    if (model / "store.json").is_file():
+        return model, []
+    if arguments.store:
+        store = Path(arguments.store).expanduser()
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = f"{model.resolve().name}-{checkpoint_fingerprint(model)[:16]}"
+        store = cache / "weight-feeder" / name
+    if (store / "store.json").is_file():
+        _same_model(model, store)
+        return store, []
+    store.parent.mkdir(parents=True, exist_ok=True)
+    return store, [sys.executable, "-m", "feeder.quantize", str(model), str(store)]
+
+
+def _same_model(model: Path, store: Path) -> None:
+
+    if Store.open(store).source_fingerprint != checkpoint_fingerprint(model):
+        raise UsageError(
+            f"store {store} was not made from checkpoint {model} as it is now:"
+            " give another --store, or remove that one"
+        )
+
+
+@contextmanager
+def _only_one(store: Path) -> Iterator[None]:
+    """Two launchers that want the same store: one quantizes, the other waits for it."""
+    path = store.parent / f".{store.name}.lock"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
