@@ -288,8 +288,8 @@ class WeightClient:
                 return True
             case _ if self.feeder is not None:
                 with self._condition:
-                    if self._memory is None:
-                        self._early.append(message)
+                    if self._memory is None or self._early:
+                        self._early.append(message)  # in order: a grant follows its export
                     else:
                         self._obey(message)
             case _:

@@ -137,7 +137,7 @@ class Generator:
         if len(ids) + config.max_new_tokens > context:
             config = GenerationConfig.from_dict(config.to_dict())
             config.max_new_tokens = context - len(ids)
-            log.info("the context of %d tokens leaves room for %d more", context, config.max_new_tokens)
+            log.debug("the context of %d leaves room for %d tokens", context, config.max_new_tokens)
         if self._seed is not None:
             set_seed(self._seed)
         tokens = torch.tensor([ids], device=self._model.device)

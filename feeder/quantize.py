@@ -10,6 +10,7 @@ a launcher may import this module.
 
 from __future__ import annotations
 
+import math
 import select
 import signal
 import sys
@@ -108,7 +109,8 @@ def _watched(
 def _finite(name: str, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same pieces; CheckpointError if a value is NaN or Inf."""
     for piece in pieces:
-        if not bool(piece.isfinite().all()):
+        extremes = piece.aminmax()  # both are NaN if any value is
+        if not math.isfinite(extremes.min) or not math.isfinite(extremes.max):
             raise CheckpointError(f"{name}: found NaN or Inf, expected finite values")
         yield piece
 

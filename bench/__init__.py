@@ -1,0 +1,1 @@
+"""Measurements that the README quotes. Each prints JSON with device, versions, command and commit."""
