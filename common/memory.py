@@ -16,6 +16,7 @@ import torch
 
 from common.errors import ConfigError, MemoryShortageError, PeerError
 from common.shared import SharedMemory, available_host_bytes
+from common.wait import Work
 
 PIN_CHUNK_BYTES = 2 << 30  # larger registrations fail on some drivers
 
@@ -62,8 +63,12 @@ class Memory(ABC):
         """Page-lock host memory, so that copies run at the link's speed; returns what undoes it."""
 
     @abstractmethod
-    def marker(self) -> Callable[[], None] | None:
-        """Marks the current stream's position: the function returned blocks until it is reached.
+    def stream(self) -> Any:
+        """The stream that this thread queues work on; None where there are no streams."""
+
+    @abstractmethod
+    def mark(self, stream: Any = None) -> Work | None:
+        """The work queued so far on ``stream`` (default: the thread's current one).
         None where work is complete when its call returns."""
 
     @abstractmethod
@@ -120,7 +125,10 @@ class CpuMemory(Memory):
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         return lambda: None
 
-    def marker(self) -> None:
+    def stream(self) -> None:
+        return None
+
+    def mark(self, stream: Any = None) -> None:
         return None
 
     def peak_bytes(self) -> int:
@@ -161,6 +169,19 @@ class _CudaSegment(Segment):
             self._memory.allocated -= self.size_bytes
         elif address:
             self._memory.call(driver.cuIpcCloseMemHandle, address)
+
+
+class _Marked(Work):
+    """An event on a stream; goes back to the pool of idle events when it has fired."""
+
+    def __init__(self, event: torch.cuda.Event, pool: list[torch.cuda.Event]) -> None:
+        self._event, self._pool = event, pool
+
+    def complete(self) -> bool:
+        if not self._event.query():
+            return False
+        self._pool.append(self._event)
+        return True
 
 
 class CudaMemory(Memory):
@@ -231,15 +252,13 @@ class CudaMemory(Memory):
             ) from error
         return unpin
 
-    def marker(self) -> Callable[[], None]:
-        event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
-        event.record()
+    def stream(self) -> Any:
+        return torch.cuda.current_stream(self.device)
 
-        def wait() -> None:
-            event.synchronize()
-            self._events.append(event)
-
-        return wait
+    def mark(self, stream: Any = None) -> Work:
+        event = self._events.pop() if self._events else torch.cuda.Event()
+        event.record(stream or torch.cuda.current_stream(self.device))
+        return _Marked(event, self._events)
 
     def peak_bytes(self) -> int:
         return self._peak + torch.cuda.max_memory_reserved(self.device)

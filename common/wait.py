@@ -1,13 +1,16 @@
-"""Waiting for device work without spinning: an eventfd that wakes a poll loop, a thread that waits.
+"""Waiting for device work beside sockets: what a poll loop needs to know when work is complete.
 
-``Completions`` turns "this CUDA event has fired" or "this CPU work is done" into something a poll loop
-can wait for beside its sockets. Idle, neither uses any CPU.
+On CUDA completion is found by querying events from the loop's own thread. A thread that blocked on
+each event instead would cost several hand-overs of Python's interpreter lock a weight: measured on an
+H100, 1.9 ms a weight against 0.1 ms (docs/decisions/0002-one-thread.md). On the CPU the work itself
+runs on a thread, since it is long and holds no lock.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -38,26 +41,57 @@ class Wakeup:
             os.close(fd)
 
 
-class Completions(Generic[Token]):
-    """Runs waits in order on a thread of its own and hands their tokens to a poll loop."""
+class Work(ABC):
+    """Work that was begun: ``complete`` tells, without blocking, whether it is done."""
+
+    @abstractmethod
+    def complete(self) -> bool: ...
+
+
+class Pending(Generic[Token]):
+    """Begun work in the order it was begun, which is the order in which it completes."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Work, Token]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, work: Work, token: Token) -> None:
+        self._queue.append((work, token))
+
+    def done(self) -> list[Token]:
+        """The tokens of all work that has completed since the last call."""
+        tokens: list[Token] = []
+        while self._queue and self._queue[0][0].complete():
+            tokens.append(self._queue.popleft()[1])
+        return tokens
+
+
+class Worker:
+    """A thread that does work in order and wakes a poll loop after each piece."""
+
+    class _Job(Work):
+        def __init__(self) -> None:
+            self.finished = False
+            self.failure: BaseException | None = None
+
+        def complete(self) -> bool:
+            if self.failure is not None:
+                raise self.failure
+            return self.finished
 
     def __init__(self, name: str, wakeup: Wakeup) -> None:
         self._wakeup = wakeup
-        self._todo: SimpleQueue[tuple[Callable[[], object], Token] | None] = SimpleQueue()
-        self._done: deque[tuple[Token, BaseException | None]] = deque()
+        self._todo: SimpleQueue[tuple[Callable[[], object], Worker._Job] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, wait: Callable[[], object], token: Token) -> None:
-        """``wait`` blocks until the work is complete (or does it); then ``token`` is done."""
-        self._todo.put((wait, token))
-
-    def done(self) -> list[tuple[Token, BaseException | None]]:
-        """Tokens whose work has completed since the last call, with what went wrong, if anything."""
-        tokens = []
-        while self._done:
-            tokens.append(self._done.popleft())
-        return tokens
+    def submit(self, function: Callable[[], object]) -> Work:
+        """Do ``function`` after all that was submitted before it."""
+        job = Worker._Job()
+        self._todo.put((function, job))
+        return job
 
     def close(self) -> None:
         """Lets what was submitted finish, then ends the thread."""
@@ -66,11 +100,10 @@ class Completions(Generic[Token]):
 
     def _run(self) -> None:
         while (item := self._todo.get()) is not None:
-            wait, token = item
-            failure: BaseException | None = None
+            function, job = item
             try:
-                wait()
-            except BaseException as error:  # told to the loop, which decides
-                failure = error
-            self._done.append((token, failure))
+                function()
+                job.finished = True
+            except BaseException as error:  # raised again in the loop, by ``complete``
+                job.failure = error
             self._wakeup.set()

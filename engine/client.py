@@ -1,20 +1,24 @@
 """The engine's end of the protocol: ``acquire`` blocks until a weight is granted, ``release`` returns it.
 
-A thread of its own owns the socket. It takes grants as they come, returns slots when the kernels that
-read them are complete, notices that the feeder is gone and takes the next one. The main thread sees
-none of that: it waits a little longer.
+The main thread does the talking itself: it takes grants from the socket when it needs one, and returns
+slots when the kernels that read them are complete, at its next ``acquire``. A second thread looks in
+now and then, for the times when the main thread computes, samples or sits in a debugger: it returns
+what was revoked, answers questions, and notices that the feeder is gone. One lock guards everything,
+the socket too. Two threads that shared the work of each weight spent most of the time handing each
+other Python's interpreter lock: docs/decisions/0002-one-thread.md.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import protocol as p
 from common.channel import Client, Poller
@@ -22,11 +26,13 @@ from common.errors import PeerError, ProtocolError, WeightFeederError
 from common.log import log
 from common.memory import Memory
 from common.process import Lock, watch
-from common.wait import Completions, Wakeup
+from common.wait import Pending, Wakeup
 from engine.ledger import Ledger, Lease
 
 HELLO_INTERVAL_S = 0.1
 HELLO_REPEAT_S = 1.0
+KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
+SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
 _FORMATS = "dequantized"
 _MALFORMED_SHOWN = 3
 
@@ -50,44 +56,50 @@ class WeightClient:
         self._directory, self._leash_fd = directory, leash_fd
         self.stats = Stats()
         self.feeder: p.Welcome | None = None  # the one we talk to now
-        self._condition = threading.Condition()  # guards all that both threads touch
+        self._lock = threading.RLock()
         self._ledger = Ledger()
-        self._waiting: dict[int, None] = {}  # weights that the main thread is blocked on
+        self._pending: Pending[Lease] = Pending()  # released, their kernels still run
+        self._idle: list[Lease] = []  # released and complete, the feeder to be told
+        self._needed: int | None = None  # the weight that the main thread is blocked on
         self._early: list[p.Message] = []  # came before there was a memory to map segments in
         self._order: dict[int, None] | None = {}  # the plan as it is learned; None once it is
         self._plan: p.Plan | None = None
         self._fingerprint = ""
         self._memory: Memory | None = None
+        self._stream: Any = None
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
-        self._outbox: deque[p.Message] = deque()
-        self._returned: deque[Lease] = deque()
         self._said = ""
         self._refused_pid = 0
-        self._wakeup = Wakeup()
-        self._completions: Completions[Lease] = Completions("kernels", self._wakeup)
-        self._closing = ""
-        self._thread = threading.Thread(target=self._run, name="client", daemon=True)
-        self._thread.start()
+        self._watch_fd = -1
+        self._closing = threading.Event()
+        self._open()
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._keeper.start()
 
-    # The main thread's side --------------------------------------------------------------------
+    # The main thread's calls -------------------------------------------------------------------
 
     def wait_for_feeder(self) -> p.Welcome:
         """Blocks until a feeder has answered."""
-        with self._condition:
-            self._wait(lambda: self.feeder is not None)
+        with self._lock:
+            self._pump_until(lambda: self.feeder is not None)
             assert self.feeder is not None
             return self.feeder
 
     def use(self, memory: Memory) -> None:
-        """From now on segments are mapped in ``memory``."""
-        with self._condition:
+        """From now on segments are mapped in ``memory``; kernels run on the current stream."""
+        with self._lock:
             self._memory = memory
-        self._wakeup.set()
+            self._stream = memory.stream()
+            for message in self._early:
+                self._obey(message)
+            self._early.clear()
 
     def acquire(self, weight: int) -> Lease:
         """The lease of ``weight``; blocks until the feeder has granted it."""
-        with self._condition:
+        with self._lock:
+            if self._pending or self._idle:
+                self._return_complete()
             lease = self._ledger.take(weight) or self._wait_for(weight)
             self.stats.uses += 1
             if self._order is not None:
@@ -96,16 +108,16 @@ class WeightClient:
 
     def release(self, lease: Lease) -> None:
         """The work queued so far is the last that reads the lease."""
-        with self._condition:
+        with self._lock:
             if self._ledger.put(lease):
-                self._return(lease)
+                self._give_back(lease)
 
     def ask_status(self, timeout_s: float = 2.0) -> p.Fields:
         """The feeder's own figures; empty if it does not answer in time."""
-        with self._condition:
+        with self._lock:
             self._status = None
-            self._post(p.StatusRequest())
-            self._wait(lambda: self._status is not None, timeout_s)
+            self._send(p.StatusRequest())
+            self._pump_until(lambda: self._status is not None, timeout_s)
             return self._status or {}
 
     def peak_bytes(self) -> int:
@@ -114,18 +126,21 @@ class WeightClient:
 
     def close(self, reason: str = "done") -> None:
         """Return everything and say goodbye. The kernels that read slots must be complete."""
-        if not self._closing:
-            self._closing = reason
-            self._wakeup.set()
-            self._thread.join()
-            self._completions.close()
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._keeper.join()
+        with self._lock:
+            if self.feeder is not None:
+                self._return_complete()
+                self._send(p.Goodbye(reason))
+                # LINGER is 0: give the goodbye a moment to leave. If it does not, our end says it.
+                time.sleep(0.02)
             self._ledger.close()
-            self._wakeup.close()
+            self._shut()
 
     def _wait_for(self, weight: int) -> Lease:
         start = time.perf_counter()
-        self._waiting[weight] = None
-        self._post(p.Need(weight))
         taken: list[Lease] = []
 
         def granted() -> bool:
@@ -134,24 +149,18 @@ class WeightClient:
                 taken.append(lease)
             return lease is not None
 
+        self._receive()  # it may have been granted long ago, and only be unread
+        if granted():
+            return taken[0]
+        self._needed = weight
+        self._send(p.Need(weight))
         try:
-            self._wait(granted)
+            self._pump_until(granted)
         finally:
-            del self._waiting[weight]
+            self._needed = None
             self.stats.waits += 1
             self.stats.stall_s += time.perf_counter() - start
         return taken[0]
-
-    def _wait(self, true: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Until ``true()`` (or the time is up). Raises what ended the client thread, if it ended."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not true():
-            if self._failure is not None:
-                raise self._failure
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return
-            self._condition.wait(left)
 
     def _learn(self, weight: int) -> None:
         assert self._order is not None
@@ -160,77 +169,110 @@ class WeightClient:
             return
         self._plan = p.Plan(tuple(self._order))
         self._order = None
-        self._post(self._plan)
+        self._send(self._plan)
 
-    def _post(self, message: p.Message) -> None:
-        self._outbox.append(message)
-        self._wakeup.set()
-
-    def _return(self, lease: Lease) -> None:
+    def _give_back(self, lease: Lease) -> None:
         """Nothing more will be queued that reads the lease."""
-        wait = self._memory.marker() if self._memory else None
-        if wait is None:
-            self._returned.append(lease)
-            self._wakeup.set()
+        work = self._memory.mark(self._stream) if self._memory else None
+        if work is None:
+            self._idle.append(lease)
+            self._return_complete()
         else:
-            self._completions.submit(wait, lease)
+            self._pending.add(work, lease)
 
-    # The client thread's side ------------------------------------------------------------------
+    # The pump ----------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _pump_until(self, true: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Talk to the feeder until ``true()``, or the time is up. Holds the lock throughout.
+
+        Raises what went wrong, also in the keeper.
+        """
+        start = time.monotonic()
+        while True:
+            self._turn()
+            if true():
+                return
+            waited = time.monotonic() - start
+            if timeout_s is not None and waited >= timeout_s:
+                return
+            if self._failure is not None:
+                raise self._failure
+            if len(self._pending):
+                patience = 0.0 if waited < SPIN_S else 0.001
+            else:
+                patience = 0.5 if self.feeder else HELLO_INTERVAL_S
+            if timeout_s is not None:
+                patience = min(patience, timeout_s - waited)
+            self._ready = self._poller.wait(patience)
+
+    def _keep(self) -> None:
+        """The second thread: a turn now and then, unless the main thread is at it."""
         try:
-            while not self._closing:
-                self._serve_one()
+            while not self._closing.wait(KEEPER_INTERVAL_S):
+                if self._lock.acquire(blocking=False):
+                    try:
+                        self._ready = self._poller.wait(0)
+                        self._turn()
+                    finally:
+                        self._lock.release()
         except Exception as error:
-            failure = error if isinstance(error, WeightFeederError) else PeerError(repr(error))
-            with self._condition:
-                self._failure = failure
-                self._condition.notify_all()
-            if failure is not error:
+            known = isinstance(error, WeightFeederError)
+            self._failure = error if known else PeerError(f"the engine's client: {error!r}")
+            if not known:
                 raise
 
-    def _serve_one(self) -> None:
-        """One feeder, from waiting for it to losing it. A new one gets a new socket, so that nothing
-        meant for the old one reaches it."""
+    def _turn(self) -> None:
+        """Everything that can be done now, without blocking."""
+        ready, self._ready = self._ready, set()
+        if self._leash_fd in ready:
+            self._orphaned()
+        self._receive()
+        if self._watch_fd in ready:
+            self._lost("has ended")
+        if self.feeder is None:
+            self._hello()
+        self._return_complete()
+
+    def _receive(self) -> None:
+        channel = self._channel
+        for message in channel.receive():
+            self._handle(message)
+            if channel is not self._channel:
+                return  # that feeder is lost, and its socket closed
+
+    def _return_complete(self) -> None:
+        """Tell the feeder what the kernels are done with; unmap what nothing reads any more."""
+        done = self._pending.done()
+        if self._idle:
+            done += self._idle
+            self._idle = []
+        if done:
+            told = [lease.grant for lease in done if self._ledger.returned(lease)]
+            if told:
+                slots = tuple(grant.slot for grant in told)
+                self._send(p.Release(slots, tuple(grant.generation for grant in told)))
+        for segment in self._ledger.unmap_idle():
+            self._send(p.Retired(segment))
+
+    def _send(self, message: p.Message) -> None:
+        if self.feeder is not None:
+            self._channel.send(message)
+
+    def _open(self) -> None:
+        """A socket for the next feeder: a new one, so that nothing meant for the last one reaches it."""
         self._channel = Client(self._directory / "feeder.sock")
         self._poller = Poller()
         self._channel.register(self._poller)
-        self._poller.add(self._wakeup.fd)
         if self._leash_fd is not None:
             self._poller.add(self._leash_fd)
-        self._watch_fd = -1
         self._next_hello = 0.0
-        try:
-            lost = False
-            while not (lost or self._closing):
-                ready = self._poller.wait(None if self.feeder else HELLO_INTERVAL_S)
-                self._wakeup.clear()
-                if self._leash_fd in ready:
-                    self._orphaned()
-                lost = self._turn(ready)
-            if self._closing:
-                self._goodbye()
-        finally:
-            self._channel.close()
-            if self._watch_fd >= 0:
-                os.close(self._watch_fd)
+        self._ready: set[int] = set()
 
-    def _turn(self, ready: set[int]) -> bool:
-        """Whether the feeder is lost."""
-        for message in self._channel.receive():
-            if self._handle(message):
-                return True
-        if self._watch_fd in ready:
-            self._lost("has ended")
-            return True
-        if self.feeder is None:
-            self._hello()
-        with self._condition:
-            self._settle()
-            if self.feeder is not None:
-                while self._outbox:
-                    self._channel.send(self._outbox.popleft())
-        return False
+    def _shut(self) -> None:
+        self._channel.close()
+        if self._watch_fd >= 0:
+            os.close(self._watch_fd)
+            self._watch_fd = -1
 
     def _orphaned(self) -> None:
         assert self._leash_fd is not None
@@ -238,13 +280,6 @@ class WeightClient:
         self._poller.remove(self._leash_fd)
         self._leash_fd = None
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _goodbye(self) -> None:
-        if self.feeder is not None:
-            self._turn(set())
-            self._channel.send(p.Goodbye(self._closing))
-            # LINGER is 0: give the goodbye a moment to leave. If it does not, our death says it.
-            time.sleep(0.02)
 
     def _hello(self) -> None:
         now = time.monotonic()
@@ -265,12 +300,14 @@ class WeightClient:
             self._say(f"waiting for a feeder called {name!r}; start one with: {command}")
 
     def _say(self, text: str) -> None:
+        """Once; under a launcher, which starts the feeder itself, not at all."""
         if text != self._said:
             self._said = text
-            log.info(text)
+            log.log(logging.DEBUG if self._leash_fd is not None else logging.INFO, text)
 
-    def _handle(self, message: p.Message | ProtocolError) -> bool:
-        """Whether the feeder is lost."""
+    # Messages ----------------------------------------------------------------------------------
+
+    def _handle(self, message: p.Message | ProtocolError) -> None:
         match message:
             case ProtocolError():
                 self.stats.malformed += 1
@@ -278,23 +315,19 @@ class WeightClient:
                     log.warning("refused a message: %s", message)
                 self._channel.send(p.Failure("protocol", str(message)))
             case p.Welcome() if self.feeder is None:
-                return self._welcome(message)
+                self._welcome(message)
             case p.Failure(code, text):
                 self._refused(code, text)
             case p.StatusRequest():
-                self._channel.send(p.Status(self._fields()))
+                self._send(p.Status(self._fields()))
             case p.Goodbye(reason) if self.feeder is not None:
                 self._lost(f"says goodbye ({reason})")
-                return True
-            case _ if self.feeder is not None:
-                with self._condition:
-                    if self._memory is None or self._early:
-                        self._early.append(message)  # in order: a grant follows its export
-                    else:
-                        self._obey(message)
-            case _:
+            case _ if self.feeder is None:
                 self.stats.ignored += 1
-        return False
+            case _ if self._memory is None:
+                self._early.append(message)
+            case _:
+                self._obey(message)
 
     def _obey(self, message: p.Message) -> None:
         assert self._memory is not None
@@ -303,13 +336,12 @@ class WeightClient:
                 if not self._ledger.grant(message):
                     self.stats.ignored += 1
                     text = f"grant of weight {weight} names a segment, extent or slot that cannot be"
-                    self._channel.send(p.Failure("grant", text))
-                elif weight in self._waiting:
-                    self._condition.notify_all()
+                    self._send(p.Failure("grant", text))
             case p.Revoke(slot, generation):
-                lease = self._ledger.recall(slot, generation, self._waiting)
+                wanted = () if self._needed is None else (self._needed,)
+                lease = self._ledger.recall(slot, generation, wanted)
                 if lease is not None:
-                    self._return(lease)
+                    self._give_back(lease)
             case p.Export(segment, kind, size_bytes, handle):
                 self._memory.bind_thread()
                 self._ledger.add(segment, self._memory.open(kind, handle, size_bytes))
@@ -317,32 +349,28 @@ class WeightClient:
                 self._ledger.retire(segment)
             case p.Status(fields):
                 self._status = fields
-                self._condition.notify_all()
             case _:
                 self.stats.ignored += 1
 
-    def _welcome(self, welcome: p.Welcome) -> bool:
+    def _welcome(self, welcome: p.Welcome) -> None:
         if self._fingerprint not in ("", welcome.fingerprint):
             self._channel.send(p.Goodbye("another store"))
             text = f"it has store {welcome.fingerprint}, this engine works with {self._fingerprint}"
             self._refused("store", text)
-            return False
+            return
         try:
             self._watch_fd = watch(welcome.pid)
         except PeerError:
-            return True  # gone already; the next one is waited for
+            return  # gone already; the next one is waited for
         self._poller.add(self._watch_fd)
-        with self._condition:
-            if self._fingerprint:
-                log.info("feeder %d takes over; going on", welcome.pid)
-            self._fingerprint = welcome.fingerprint
-            self.feeder = welcome
-            self._outbox.clear()  # it was meant for a former feeder
-            if self._plan is not None:
-                self._outbox.append(self._plan)
-            self._outbox.extend(p.Need(weight) for weight in self._waiting)
-            self._condition.notify_all()
-        return False
+        if self._fingerprint:
+            log.info("feeder %d takes over; going on", welcome.pid)
+        self._fingerprint = welcome.fingerprint
+        self.feeder = welcome
+        if self._plan is not None:
+            self._send(self._plan)
+        if self._needed is not None:
+            self._send(p.Need(self._needed))
 
     def _refused(self, code: str, text: str) -> None:
         if code == "busy":
@@ -358,32 +386,13 @@ class WeightClient:
         assert self.feeder is not None
         log.warning("feeder %d %s; waiting for another", self.feeder.pid, how)
         self._said = ""
-        with self._condition:
-            self.stats.lost_feeders += 1
-            self.feeder = None
-            self._early.clear()
-            self._outbox.clear()
-            for lease in self._ledger.lose():
-                self._return(lease)
-
-    def _settle(self) -> None:
-        """Return what the kernels are done with; unmap what nothing reads any more."""
-        if self._memory is not None:
-            for message in self._early:
-                self._obey(message)
-            self._early.clear()
-        done = list(self._returned)
-        self._returned.clear()
-        for lease, failure in self._completions.done():
-            if failure is not None:
-                raise PeerError(f"the device failed: {failure}") from failure
-            done.append(lease)
-        told = [lease.grant for lease in done if self._ledger.returned(lease)]
-        if told:
-            slots = tuple(grant.slot for grant in told)
-            self._outbox.append(p.Release(slots, tuple(grant.generation for grant in told)))
-        for segment in self._ledger.unmap_idle():
-            self._outbox.append(p.Retired(segment))
+        self.stats.lost_feeders += 1
+        self.feeder = None
+        self._early.clear()
+        for lease in self._ledger.lose():
+            self._give_back(lease)
+        self._shut()
+        self._open()
 
     def _fields(self) -> p.Fields:
         stats = self.stats

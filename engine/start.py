@@ -47,6 +47,8 @@ def _generate(arguments, client, prompts, sampling, output):  # type: ignore[no-
     feeder = client.wait_for_feeder()
     memory = memory_for(feeder.device)
     client.use(memory)
+    if memory.device.type == "cpu":  # the feeder needs a core of its own
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     store = Store.open(Path(feeder.store))
     if store.fingerprint != feeder.fingerprint:
         raise PeerError(

@@ -1,18 +1,17 @@
 """Fills: brings one weight from the host store into a slot. Knows nothing of strategies or peers.
 
 On CUDA everything is queued and nothing waits: tiles are copied on one stream into a ring of staging
-buffers and dequantized on another, so that the link never idles between two fills. ``start`` returns a
-function that blocks until the slot is complete on the device; Completions calls it.
+buffers and dequantized on another, so that the link never idles between two fills.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 
 from common.memory import CudaMemory, Memory
+from common.wait import Wakeup, Work, Worker
 from feeder.dequantize import dequantize_into
 from feeder.host import HostStore, Tile
 
@@ -27,18 +26,24 @@ class Filler(ABC):
         self.streamed_bytes = 0
 
     @abstractmethod
-    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
-        """Begin to fill ``destination`` (N x K elements, flat); the function returned blocks until
-        the bytes are there. Fills complete in the order they were started."""
+    def start(self, weight: int, destination: torch.Tensor) -> Work:
+        """Begin to fill ``destination`` (N x K elements, flat). Fills complete in the order they
+        were started."""
 
     def close(self) -> None:
         """Free what the fills used. All fills must be complete."""
 
 
 class CpuFiller(Filler):
-    """Dequantizes in the waiting function, so that fills are as asynchronous as on a GPU."""
+    """Dequantizes on a thread, so that fills are as asynchronous as on a GPU."""
 
-    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
+    def __init__(self, host: HostStore, wakeup: Wakeup) -> None:
+        super().__init__(host)
+        self._worker = Worker("fills", wakeup)
+        # One core: the others are the engine's, whose threads wait for each other at every product.
+        self._worker.submit(lambda: torch.set_num_threads(1))  # holds for the thread that calls it
+
+    def start(self, weight: int, destination: torch.Tensor) -> Work:
         tiles = self.host.tiles[weight]
         self.streamed_bytes += sum(tile.size_bytes for tile in tiles)
 
@@ -48,7 +53,10 @@ class CpuFiller(Filler):
                 codes, scales = self.host.codes(weight, tile), self.host.scales(weight, tile)
                 dequantize_into(codes, scales, out)
 
-        return fill
+        return self._worker.submit(fill)
+
+    def close(self) -> None:
+        self._worker.close()
 
 
 class CudaFiller(Filler):
@@ -65,7 +73,6 @@ class CudaFiller(Filler):
         self._arrived = [torch.cuda.Event() for _ in range(STAGING_TILES)]
         self._consumed = [torch.cuda.Event() for _ in range(STAGING_TILES)]
         self._next = 0
-        self._idle_events: list[torch.cuda.Event] = []
 
     @staticmethod
     def bytes_needed(host: HostStore) -> int:
@@ -73,18 +80,11 @@ class CudaFiller(Filler):
         largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
         return (-(-largest // 512) * 512) * STAGING_TILES
 
-    def start(self, weight: int, destination: torch.Tensor) -> Callable[[], None]:
+    def start(self, weight: int, destination: torch.Tensor) -> Work:
         for tile in self.host.tiles[weight]:
             self._tile(tile, destination[tile.first :][: tile.elements])
             self.streamed_bytes += tile.size_bytes
-        event = self._idle_events.pop() if self._idle_events else torch.cuda.Event(blocking=True)
-        event.record(self._compute)
-
-        def wait() -> None:
-            event.synchronize()
-            self._idle_events.append(event)
-
-        return wait
+        return self._memory.mark(self._compute)
 
     def _tile(self, tile: Tile, out: torch.Tensor) -> None:
         index = self._next
@@ -110,8 +110,8 @@ class CudaFiller(Filler):
         self._staging.close()
 
 
-def filler_for(host: HostStore, memory: Memory) -> Filler:
-    """The filler that suits the memory's device."""
+def filler_for(host: HostStore, memory: Memory, wakeup: Wakeup) -> Filler:
+    """The filler that suits the memory's device. ``wakeup``: of the loop that waits for fills."""
     if isinstance(memory, CudaMemory):
         return CudaFiller(host, memory)
-    return CpuFiller(host)
+    return CpuFiller(host, wakeup)

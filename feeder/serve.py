@@ -22,7 +22,7 @@ from common.log import log
 from common.memory import Memory, Segment
 from common.plan import Plan
 from common.process import Leash, Lock, SignalFlag, Terminated, watch
-from common.wait import Completions, Wakeup
+from common.wait import Pending, Wakeup
 from feeder.budget import Request, engine_reserve_bytes, slot_sizes
 from feeder.filler import Filler
 from feeder.host import HostStore
@@ -62,6 +62,7 @@ class Feeder:
         host: HostStore,
         memory: Memory,
         filler: Filler,
+        wakeup: Wakeup,
         directory: Path,
         dtype: torch.dtype,
         cache: Cache,
@@ -81,9 +82,9 @@ class Feeder:
             self._plan, self._sizes, capacity, strategy,
             first_generation=int.from_bytes(os.urandom(4), "big"), on_fallback=log.error,
         )  # fmt: skip
-        self._wakeup = Wakeup()
-        self._signal = SignalFlag(self._wakeup)
-        self._completions: Completions[int] = Completions("fills", self._wakeup)
+        self._wakeup = wakeup
+        self._signal = SignalFlag(wakeup)
+        self._fills: Pending[int] = Pending()
         self._server = Server(directory / "feeder.sock")
         self._engine: _Engine | None = None
         self._resize: _Resize | None = None
@@ -110,9 +111,7 @@ class Feeder:
                 raise Terminated(self._signal.received)
             if leash.fd in ready:
                 raise PeerError("the launcher is gone")
-            for slot, failure in self._completions.done():
-                if failure is not None:
-                    raise failure
+            for slot in self._fills.done():
                 self._filled(slot)
             for peer, message in self._server.receive():
                 self._handle(peer, message)
@@ -128,13 +127,13 @@ class Feeder:
         if self._engine is not None:
             self._send(p.Goodbye(self._stopping or "the feeder ends"))
             self._forget_engine()
-        self._completions.close()
         self._server.close()
         self.filler.close()
         self._segment.close()
-        self._wakeup.close()
 
     def _patience(self) -> float | None:
+        if len(self._fills) and self.memory.device.type == "cuda":
+            return 0.0  # nothing wakes a poll when an event fires; see common/wait.py
         if not self._asking:
             return None
         return max(0.0, min(until for _, until in self._asking) - time.monotonic()) + 0.001
@@ -155,7 +154,7 @@ class Feeder:
     def _fill(self, slot: int, weight: int, offset: int) -> None:
         entry = self.host.store.weights[weight]
         flat = self._segment.tensor[offset:][: entry.elements * self.dtype.itemsize]
-        self._completions.submit(self.filler.start(weight, flat.view(self.dtype)), slot)
+        self._fills.add(self.filler.start(weight, flat.view(self.dtype)), slot)
 
     def _filled(self, slot: int) -> None:
         self.scheduler.filled(slot)

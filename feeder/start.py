@@ -17,6 +17,7 @@ from common.memory import Memory, memory_for
 from common.process import Leash, Lock, remove_run_directory, run_directory
 from common.shared import SHM_DIRECTORY
 from common.store import Store
+from common.wait import Wakeup
 from feeder.filler import filler_for
 from feeder.host import LAYOUT_VERSION, HostStore
 from feeder.serve import Feeder
@@ -40,13 +41,16 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         lock = Lock(directory / "feeder.lock", "feeder")
         lock.acquire()
         stack.callback(lock.release)
-        torch.set_num_threads(max(1, min(4, (os.cpu_count() or 2) // 2)))
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
         host = _host_store(store, memory, arguments)
         stack.callback(host.close)
-        filler = filler_for(host, memory)
-        feeder = Feeder(host, memory, filler, directory, dtype, cache, strategy, arguments.verify)
+        wakeup = Wakeup()
+        stack.callback(wakeup.close)
+        filler = filler_for(host, memory, wakeup)
+        feeder = Feeder(
+            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.verify
+        )
         stack.callback(feeder.close)
         capacity = feeder.scheduler.capacity
         log.info(

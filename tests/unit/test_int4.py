@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import int4
@@ -67,13 +68,13 @@ def assert_equals_oracle(tensor: torch.Tensor) -> None:
 
 
 @given(st.lists(finite_bits(), min_size=1, max_size=300))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_bits_equal_the_exact_oracle(bits: list[int]) -> None:
     assert_equals_oracle(from_bits(bits))
 
 
 @given(st.integers(0, 200), st.lists(st.integers(-255, 255), min_size=1, max_size=140))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_values_of_one_exponent_equal_the_exact_oracle(exponent: int, mantissas: list[int]) -> None:
     """Neighbouring magnitudes, where rounding decides, down to the subnormals."""
     values = torch.tensor(mantissas, dtype=torch.float64) * 2.0 ** (exponent - 133)
@@ -81,7 +82,7 @@ def test_values_of_one_exponent_equal_the_exact_oracle(exponent: int, mantissas:
 
 
 @given(st.lists(finite_bits(), min_size=1, max_size=300))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_dequantize_is_code_times_scale_rounded_once(bits: list[int]) -> None:
     tensor = from_bits(bits)
     codes, scales = oracle(exact(tensor))
@@ -108,6 +109,15 @@ def test_ties_round_half_to_even() -> None:
     assert scales.tolist() == [1.0]
     expected = [7, 0, 2, 2, 4, 0, -2, -2, -4, 6, -6]
     assert int4.unpack(packed, len(expected)).tolist() == expected
+
+
+def test_example_of_the_format_document() -> None:
+    packed, scales = int4.quantize(torch.tensor([7, -3.5, 0.5, 1.5, -7]))
+    assert packed.numpy().tobytes().hex(" ").upper() == "7C 02 90"
+    assert scales.view(torch.uint8).numpy().tobytes().hex(" ").upper() == "80 3F"
+    document = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    assert "NAME.codes    7C 02 90" in document
+    assert "NAME.scales   80 3F" in document
 
 
 def test_zero_block_has_the_scale_of_absmax_1() -> None:

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,22 @@ def test_checksum_is_of_the_bytes() -> None:
     assert checksum(tensor) == checksum(data) == checksum(memoryview(bytearray(data)))
     assert checksum(tensor.T) == checksum(tensor.T.contiguous())
     assert checksum(b"") == "99aa06d3014798d86001c324468d497f"  # of XXH3_128bits
+
+
+def test_opening_needs_no_torch(pristine: Path) -> None:
+    """A launcher looks at stores and checkpoints, and must not wait for torch nor wake a GPU."""
+    code = (
+        "import sys, feeder.quantize; from common.store import Store; "
+        "print(Store.open(sys.argv[1]).fingerprint); sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(pristine)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == Store.open(pristine).fingerprint
 
 
 @pytest.mark.parametrize("part", ["codes", "scales"])
@@ -197,9 +215,7 @@ def mutate(data: Any, choose: random.Random, value: Any) -> None:
 
 
 @given(st.randoms(use_true_random=False), json_values, st.sampled_from(["store", "config"]))
-@settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_json_is_opened_or_refused_never_more(
     pristine: Path, choose: random.Random, value: Any, which: str
 ) -> None:
@@ -219,9 +235,7 @@ def test_mutated_json_is_opened_or_refused_never_more(
 
 
 @given(st.data())
-@settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_bytes_are_opened_or_refused_never_more(
     pristine: Path, data: st.DataObject
 ) -> None:
