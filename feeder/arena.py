@@ -1,7 +1,8 @@
 """Extents of one segment: who lies where. Pure arithmetic on offsets, knows no memory.
 
-Streamed weights are allocated next-fit, so that a ring of them walks round the arena and frees in the
-order it allocated; weights that stay are put at the low end, so that they do not cut the ring's way.
+Weights that stay lie in a region of their own at the low end, so that they cannot cut up the rest,
+where streamed weights are allocated next-fit: a ring of them walks round the region and frees in the
+order it allocated.
 """
 
 from __future__ import annotations
@@ -21,45 +22,43 @@ class Arena:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._free: list[tuple[int, int]] = [(0, size_bytes)]  # (offset, bytes), by offset
-        self._used: dict[int, int] = {}  # offset -> bytes
+        self._free: list[tuple[int, int]] = [(0, size_bytes)]  # (offset, end), by offset
+        self._used: dict[int, int] = {}  # offset -> end
         self._cursor = 0
 
     @property
     def free_bytes(self) -> int:
-        return self.size_bytes - sum(self._used.values())
+        return sum(end - offset for offset, end in self._free)
 
-    def allocate(self, size_bytes: int, low: bool = False) -> int | None:
-        """The offset of a new extent of ``size_bytes`` (aligned up), or None if none is free.
-
-        ``low``: first fit from offset 0, for what stays; otherwise next fit from the last extent.
-        """
+    def allocate(self, size_bytes: int, floor: int = 0, ceiling: int | None = None) -> int | None:
+        """The offset of a new extent of ``size_bytes`` (aligned up) in ``[floor, ceiling)``, next to
+        the last one if possible; None if there is no room."""
         size_bytes = aligned(size_bytes)
-        start = 0 if low else bisect_left(self._free, (self._cursor, 0))
-        count = len(self._free)
-        for i in range(count):
-            index = (start + i) % count
-            offset, room = self._free[index]
-            if room >= size_bytes:
-                return self._take(index, size_bytes, low)
+        ceiling = self.size_bytes if ceiling is None else ceiling
+        start = bisect_left(self._free, (self._cursor, 0))
+        for index in (*range(start, len(self._free)), *range(start)):
+            offset, end = self._free[index]
+            at = max(offset, floor)
+            if at + size_bytes <= min(end, ceiling):
+                return self._take(index, at, size_bytes)
         return None
 
     def free(self, offset: int) -> None:
         """Give back the extent that starts at ``offset``. KeyError if none does."""
-        size_bytes = self._used.pop(offset)
+        end = self._used.pop(offset)
         index = bisect_left(self._free, (offset, 0))
-        if index < len(self._free) and self._free[index][0] == offset + size_bytes:
-            size_bytes += self._free.pop(index)[1]
-        if index > 0 and sum(self._free[index - 1]) == offset:
-            offset, before = self._free.pop(index - 1)
-            size_bytes += before
-        insort(self._free, (offset, size_bytes))
+        if index < len(self._free) and self._free[index][0] == end:
+            end = self._free.pop(index)[1]
+        if index > 0 and self._free[index - 1][1] == offset:
+            offset = self._free.pop(index - 1)[0]
+        insort(self._free, (offset, end))
 
-    def _take(self, index: int, size_bytes: int, low: bool) -> int:
-        offset, room = self._free.pop(index)
-        if room > size_bytes:
-            insort(self._free, (offset + size_bytes, room - size_bytes))
-        self._used[offset] = size_bytes
-        if not low:
-            self._cursor = offset + size_bytes
-        return offset
+    def _take(self, index: int, at: int, size_bytes: int) -> int:
+        offset, end = self._free.pop(index)
+        if at > offset:
+            insort(self._free, (offset, at))
+        if at + size_bytes < end:
+            insort(self._free, (at + size_bytes, end))
+        self._used[at] = at + size_bytes
+        self._cursor = at + size_bytes
+        return at

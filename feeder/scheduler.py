@@ -96,6 +96,10 @@ class Scheduler:
         self._needs: dict[int, None] = {}  # an ordered set
         self._position = 0
         self._pass_fills = 0
+        self._filling_bytes = self._filling_count = 0
+        self._wanted_now: dict[int, None] | None = None  # the target, until something changes it
+        self._keep: frozenset[int] = frozenset()
+        self._keep_bytes = 0  # the region of what stays
         self._on_fallback = on_fallback
         self._strategy = strategy
         self.set_strategy(strategy)
@@ -109,6 +113,7 @@ class Scheduler:
     def set_strategy(self, strategy: Strategy) -> None:
         """Replace the strategy between two weights; what lies in slots stays until it is in the way."""
         self._strategy = strategy
+        self._wanted_now = None
         self._guard(lambda: strategy.begin(self.plan, self.sizes, self.capacity))
         for slot in self.slots:
             if slot.state is not State.FILLING:
@@ -118,18 +123,19 @@ class Scheduler:
         """The order has been learned. Weights it does not name are still served when needed."""
         if plan != self.plan:
             self.plan = plan
-            self._position = 0
+            self._move_to(0)
             self.set_strategy(self._strategy)
 
     def attach(self) -> None:
         """An engine is there: what is ready is granted to it from now on."""
         self.attached = True
-        self._position = 0
+        self._move_to(0)
 
     def detach(self) -> None:
         """The engine is gone for good (its kernels too): every slot it held is ready again."""
         self.attached = False
         self._needs.clear()
+        self._wanted_now = None
         for slot in list(self.slots):
             if slot.state in HELD:
                 self.slots.apply(slot, Event.LOSE)
@@ -144,6 +150,7 @@ class Scheduler:
         if slot is None and weight not in self._target():
             self._move_to(self.plan.position(weight))
         self._needs[weight] = None
+        self._wanted_now = None
         self._tell(Strategy.needed, weight)
 
     def released(self, slot_id: int, generation: int) -> None:
@@ -163,6 +170,8 @@ class Scheduler:
         """The fill of the slot is complete on the device."""
         slot = self.slots.by_id(slot_id)
         self.slots.apply(slot, Event.FILLED)
+        self._filling_bytes -= slot.size_bytes
+        self._filling_count -= 1
         self._tell(Strategy.filled, slot.weight)
 
     def drain(self) -> None:
@@ -180,6 +189,7 @@ class Scheduler:
         self.capacity = capacity
         self.arena = Arena(capacity.size_bytes)
         self._draining = False
+        self._keep, self._keep_bytes = frozenset(), 0
         self.set_strategy(strategy)
 
     # Decisions ---------------------------------------------------------------------------------
@@ -188,11 +198,13 @@ class Scheduler:
         """Everything that can be done now. Call it after events, execute what it returns, in order."""
         if self._draining:
             return list(self._drain())
+        commands: list[Command] = []
+        if self._strategy.keep is not self._keep:
+            self._change_keep(commands)
         target = self._target()
-        commands: list[Command] = list(self._revoke_standing())
         self._fill(target, commands)
         if self.attached:
-            commands.extend(self._grant(target))
+            self._grant(target, commands)
         return commands
 
     @property
@@ -213,6 +225,8 @@ class Scheduler:
 
     def _target(self) -> dict[int, None]:
         """The longest prefix of needs and wishes that the capacity holds, as an ordered set."""
+        if self._wanted_now is not None:
+            return self._wanted_now
         target: dict[int, None] = {}
         count, room = self.capacity.count, self.capacity.size_bytes
         for weight in self._wishes():
@@ -222,6 +236,7 @@ class Scheduler:
             if len(target) == count or room < 0:
                 break
             target[weight] = None
+        self._wanted_now = target
         return target
 
     def _wishes(self) -> Iterator[int]:
@@ -238,15 +253,13 @@ class Scheduler:
             self._fall_back(error)
 
     def _fill(self, target: dict[int, None], commands: list[Command]) -> None:
-        filling = [slot for slot in self.slots if slot.state is State.FILLING]
-        ahead_bytes = sum(slot.size_bytes for slot in filling)
-        ahead_count = len(filling)
         for weight in target:
             if self.slots.get(weight) is not None:
                 continue
-            needed = weight in self._needs
-            if not needed and ahead_count >= 2:
-                if ahead_count >= FILL_AHEAD_COUNT or ahead_bytes >= FILL_AHEAD_BYTES:
+            if weight not in self._needs and self._filling_count >= 2:
+                if self._filling_count >= FILL_AHEAD_COUNT:
+                    return
+                if self._filling_bytes >= FILL_AHEAD_BYTES:
                     return
             offset = self._make_room(weight, target, commands)
             if offset is None:
@@ -255,36 +268,55 @@ class Scheduler:
             commands.append(Fill(slot.id, weight, offset))
             self.counters.fills += 1
             self._pass_fills += 1
-            ahead_bytes += slot.size_bytes
-            ahead_count += 1
+            self._filling_bytes += slot.size_bytes
+            self._filling_count += 1
 
     def _make_room(
         self, weight: int, target: dict[int, None], commands: list[Command]
     ) -> int | None:
         """An extent for ``weight``: evicts what is not wanted, or asks for it back and gives None."""
-        low = weight in self._strategy.keep
-        idle = [slot for slot in self.slots if slot.weight not in target]
-        idle.sort(key=lambda slot: slot.state is not State.READY)
-        if weight in self._needs:  # a need comes before every wish, the last wish goes first
-            idle.extend(
-                slot
-                for wish in reversed(target)
-                if wish not in self._needs and (slot := self.slots.get(wish)) is not None
-            )
+        if len(self.slots) < self.capacity.count:
+            offset = self._allocate(weight)
+            if offset is not None:
+                return offset
         coming_bytes = sum(slot.size_bytes for slot in self.slots if slot.state is State.REVOKED)
-        for slot in [None, *idle]:
-            if slot is not None and slot.state is not State.READY:
-                if slot.state is State.IN_USE and coming_bytes < self.sizes[weight]:
-                    commands.append(self._revoke(slot))
-                    coming_bytes += slot.size_bytes
-                continue
-            if slot is not None:
+        for slot in self._dispensable(weight, target):
+            if slot.state is State.IN_USE and coming_bytes < self.sizes[weight]:
+                commands.append(self._revoke(slot))
+                coming_bytes += slot.size_bytes
+            elif slot.state is State.READY:
                 self._evict(slot)
-            if len(self.slots) < self.capacity.count:
-                offset = self.arena.allocate(self.sizes[weight], low)
-                if offset is not None:
-                    return offset
+                if len(self.slots) < self.capacity.count:
+                    offset = self._allocate(weight)
+                    if offset is not None:
+                        return offset
         return None
+
+    def _allocate(self, weight: int) -> int | None:
+        """In the region of what stays or of what streams; a weight that is needed, anywhere."""
+        size, border = self.sizes[weight], self._keep_bytes
+        if weight in self._keep:
+            offset = self.arena.allocate(size, ceiling=border)
+        else:
+            offset = self.arena.allocate(size, floor=border)
+        if offset is None and weight in self._needs:
+            offset = self.arena.allocate(size)
+        return offset
+
+    def _dispensable(self, weight: int, target: dict[int, None]) -> list[Slot]:
+        """Slots that may make room for ``weight``, in the order in which they should."""
+        slots = [s for s in self.slots if s.weight not in target or self._misplaced(s)]
+        slots.sort(key=lambda slot: slot.state is not State.READY)
+        if weight in self._needs:  # a need comes before every wish, the last wish goes first
+            wishes = (wish for wish in reversed(target) if wish not in self._needs)
+            slots.extend(slot for wish in wishes if (slot := self.slots.get(wish)) is not None)
+        return slots
+
+    def _misplaced(self, slot: Slot) -> bool:
+        """In the wrong region: it was filled under another strategy, or could not wait."""
+        if slot.weight in self._keep:
+            return slot.offset_bytes + slot.size_bytes > self._keep_bytes
+        return slot.offset_bytes < self._keep_bytes
 
     def _evict(self, slot: Slot) -> None:
         weight = slot.weight
@@ -297,22 +329,25 @@ class Scheduler:
         self.counters.revokes += 1
         return Revoke(slot.id, slot.generation)
 
-    def _revoke_standing(self) -> Iterator[Command]:
-        """A standing grant tells nothing of the engine's progress: only what is kept has one."""
+    def _change_keep(self, commands: list[Command]) -> None:
+        """Other weights stay. A standing grant tells nothing of the engine's progress, so a weight
+        that does not stay any longer is asked back, to be granted in the ordinary way."""
+        self._keep = self._strategy.keep
+        self._keep_bytes = sum(self.sizes[w] for w in self._keep if 0 <= w < len(self.sizes))
         for slot in self.slots:
-            if slot.standing and slot.state is State.IN_USE:
-                if slot.weight not in self._strategy.keep:
-                    yield self._revoke(slot)
+            if slot.standing and slot.state is State.IN_USE and slot.weight not in self._keep:
+                commands.append(self._revoke(slot))
 
-    def _grant(self, target: dict[int, None]) -> Iterator[Command]:
+    def _grant(self, target: dict[int, None], commands: list[Command]) -> None:
         for weight in target:
             slot = self.slots.get(weight)
             if slot is None or slot.state is not State.READY:
                 continue
-            self.slots.grant(slot, standing=weight in self._strategy.keep)
+            self.slots.grant(slot, standing=weight in self._keep)
             self._needs.pop(weight, None)
             self.counters.grants += 1
-            yield Grant(slot.id, slot.generation, weight, slot.offset_bytes, slot.standing)
+            grant = Grant(slot.id, slot.generation, weight, slot.offset_bytes, slot.standing)
+            commands.append(grant)
 
     def _drain(self) -> Iterator[Command]:
         for slot in list(self.slots):
@@ -331,11 +366,16 @@ class Scheduler:
             self.counters.passes += 1
             self.counters.hit_rate = max(0.0, 1 - self._pass_fills / len(self.plan))
             self._pass_fills = 0
-        self._position = position
+        if position != self._position:
+            self._position = position
+            self._wanted_now = None
 
     def _tell(self, method: Callable[[Strategy, int], None], weight: int) -> None:
-        bound = getattr(self._strategy, method.__name__)
-        self._guard(lambda: bound(weight))
+        name = method.__name__
+        if getattr(type(self._strategy), name) is getattr(Strategy, name):
+            return  # the strategy does not care
+        self._wanted_now = None
+        self._guard(lambda: getattr(self._strategy, name)(weight))
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

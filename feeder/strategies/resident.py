@@ -45,17 +45,21 @@ class Resident(Strategy):
         if _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
             keep = _keep_by_bytes(plan, sizes, capacity)
         self.keep = keep
+        self._stream_count = capacity.count - len(keep)
+        self._stream_bytes = capacity.size_bytes - sum(sizes[w] for w in keep)
 
     def wanted(self, position: int) -> Iterable[int]:
-        count = self.capacity.count - len(self.keep)
-        room = self.capacity.size_bytes - sum(self.sizes[w] for w in self.keep)
+        keep, sizes = self.keep, self.sizes
+        count, room = self._stream_count, self._stream_bytes
         for weight in self.plan.cycle(position):
-            if weight in self.keep:
+            if weight in keep:
                 yield weight
-            elif count > 0 and self.sizes[weight] <= room:
+            elif count > 0 and sizes[weight] <= room:
                 yield weight
                 count -= 1
-                room -= self.sizes[weight]
+                room -= sizes[weight]
+            elif not keep:
+                return
             else:
                 count = 0  # streamed weights are fetched in order, none is skipped
 
