@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from common.arguments import Parser, add_common, add_engine, add_feeder, as_flag
 from common.checkpoint_fingerprint import checkpoint_fingerprint
 from common.config import Cache
 from common.errors import EXIT_OK, UsageError, WeightFeederError
+from common.process import clear_run_directory, run_directory
 from common.store import Store
 from common.supervise import Child, Supervisor
 
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     """Run the command line ``argv``; the exit code."""
     arguments, feeder_actions, engine_actions = _parse(argv)
     try:
-        Cache.parse(arguments.cache)  # a mistake in it should not wait for the quantizer
-        with Supervisor() as supervisor:
+        Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
+        with _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -63,8 +63,12 @@ def _parse(
         "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
     )
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--feeder-only", action="store_true", help="start no engine, print its command")
-    one.add_argument("--engine-only", action="store_true", help="start no feeder, print its command")
+    one.add_argument(
+        "--feeder-only", action="store_true", help="start no engine, print its command"
+    )
+    one.add_argument(
+        "--engine-only", action="store_true", help="start no feeder, print its command"
+    )
     engine = add_engine(parser.add_argument_group("engine"))
     feeder = add_feeder(parser.add_argument_group("feeder"))
     both = add_common(parser)
@@ -92,7 +96,7 @@ def _run(
         print(f"launch: the feeder's command: {shlex.join(feeder)}", file=sys.stderr)
     else:
         if quantize:
-            with _only_one(store):
+            with _only_one(store, supervisor):
                 if not (store / "store.json").is_file():
                     supervisor.run("quantizer", quantize)
         children.append(supervisor.start("feeder", feeder))
@@ -123,7 +127,6 @@ def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 
 
 def _same_model(model: Path, store: Path) -> None:
-
     if Store.open(store).source_fingerprint != checkpoint_fingerprint(model):
         raise UsageError(
             f"store {store} was not made from checkpoint {model} as it is now:"
@@ -132,11 +135,26 @@ def _same_model(model: Path, store: Path) -> None:
 
 
 @contextmanager
-def _only_one(store: Path) -> Iterator[None]:
+def _run_directory(name: str) -> Iterator[None]:
+    """Nothing stays in it, also when a child is killed. UsageError if ``name`` is not usable."""
+    directory = run_directory(name)
+    try:
+        yield
+    finally:
+        clear_run_directory(directory)
+
+
+@contextmanager
+def _only_one(store: Path, supervisor: Supervisor) -> Iterator[None]:
     """Two launchers that want the same store: one quantizes, the other waits for it."""
     path = store.parent / f".{store.name}.lock"
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # not a blocking call: it would keep Ctrl-C waiting
+                supervisor.wait(until=None, timeout_s=0.2)
         yield
 
 

@@ -25,7 +25,9 @@ def generate(store: str, cache: str, strategy: str, tokens: int) -> dict[str, An
         "--prompt", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16", "--greedy", "--raw",
         f"--max-new-tokens={tokens}", "--json", "--name", "bench",
     ]  # fmt: skip
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     for line in reversed(run.stderr.splitlines()):
         if line.startswith("{"):
             return json.loads(line)

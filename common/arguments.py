@@ -29,7 +29,11 @@ def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--name", default="default", help="picks the run directory; one feeder a name"
         ),
         parser.add_argument("--verbose", action="store_true", help="log more"),
-    ]
+        parser.add_argument(
+            "--verify", action="store_true",
+            help="checksum every slot at fill, grant and release, and poison it when freed",
+        ),
+    ]  # fmt: skip
 
 
 def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
@@ -51,10 +55,6 @@ def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--keep-store", action="store_true",
             help="leave the host store in /dev/shm for the next feeder of this name",
-        ),
-        parser.add_argument(
-            "--verify", action="store_true",
-            help="checksum every slot at fill, grant and release, and poison it when freed",
         ),
     ]  # fmt: skip
 

@@ -44,7 +44,8 @@ class Server:
         self._path = path
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = _socket(self._context, zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to nobody is an error, not silence
+        # A send to nobody is to be an error, not silence.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(_endpoint(path))
 
     def receive(self) -> Iterator[tuple[bytes, Message | ProtocolError]]:
@@ -98,10 +99,11 @@ class Client:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if len(frames) != 1:
+                yield ProtocolError(f"{len(frames)} frames found: expected one")
+                continue
             try:
-                yield decode(frames[0]) if len(frames) == 1 else ProtocolError(
-                    f"{len(frames)} frames found: expected one"
-                )
+                yield decode(frames[0])
             except ProtocolError as error:
                 yield error
 
@@ -137,4 +139,3 @@ class Poller:
         """Blocks until something is there; the descriptors (not the sockets) that are readable."""
         timeout_ms = None if timeout_s is None else max(0, int(timeout_s * 1000))
         return {source for source, _ in self._poller.poll(timeout_ms) if isinstance(source, int)}
-

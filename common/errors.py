@@ -57,6 +57,10 @@ class PeerError(WeightFeederError):
     """The other process failed, vanished or refused."""
 
 
+class SlotCorruptError(WeightFeederError):
+    """Verify mode: a slot does not hold what was filled into it."""
+
+
 class StrategyError(WeightFeederError):
     """A strategy is unknown, or answered with something it may not ask for."""
 

@@ -56,6 +56,22 @@ def remove_run_directory(directory: Path) -> None:
             return
 
 
+def clear_run_directory(directory: Path) -> None:
+    """Remove what killed processes left in it. What belongs to a living one stays."""
+    for role in ("feeder", "engine"):
+        path = directory / f"{role}.lock"
+        if not path.exists():
+            continue
+        lock = Lock(path, role)
+        try:
+            lock.acquire()  # so that nobody binds the socket that is about to be removed
+        except UsageError:
+            continue
+        path.with_suffix(".sock").unlink(missing_ok=True)
+        lock.release()
+    remove_run_directory(directory)
+
+
 class Lock:
     """Held by the one feeder (or engine) of a name for as long as it lives: the kernel drops it with
     the process. The file tells others the pid.

@@ -199,9 +199,7 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     """The message in ``data``. ProtocolError, with what was expected, for anything else."""
     if len(data) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(
-            f"message of {len(data)} bytes: expected at most {MAX_MESSAGE_BYTES}"
-        )
+        raise ProtocolError(f"message of {len(data)} bytes: expected at most {MAX_MESSAGE_BYTES}")
     try:
         fields = msgpack.unpackb(
             data,
@@ -224,7 +222,9 @@ def decode(data: bytes) -> Message:
         raise ProtocolError(f"protocol version {_short(version)} found: expected {VERSION}")
     cls = TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError(f"message type {_short(kind)} found: expected one of {', '.join(TYPES)}")
+        raise ProtocolError(
+            f"message type {_short(kind)} found: expected one of {', '.join(TYPES)}"
+        )
     _check(cls, fields)
     return cls(**fields)
 
@@ -246,9 +246,13 @@ def _check(cls: type[Message], fields: dict[Any, Any]) -> None:
     for name, declared in schema.items():
         problem = _problem(declared, fields[name])
         if problem:
-            raise ProtocolError(f"{_NAMES[cls]}.{name} is {_short(fields[name])}: expected {problem}")
+            raise ProtocolError(
+                f"{_NAMES[cls]}.{name} is {_short(fields[name])}: expected {problem}"
+            )
     if cls is Release and len(fields["slots"]) != len(fields["generations"]):
-        raise ProtocolError("release with two lists of different length: expected one generation a slot")
+        raise ProtocolError(
+            "release with two lists of different length: expected one generation a slot"
+        )
 
 
 def _problem(declared: Any, value: Any) -> str | None:

@@ -90,13 +90,16 @@ class Supervisor:
         self._end(child)
         self._children.remove(child)
 
-    def wait(self, until: Child) -> None:
-        """Until that child has ended well. Raises ChildFailed with the first cause if any child
-        fails or ends before it, Terminated on a signal."""
+    def wait(self, until: Child | None, timeout_s: float | None = None) -> None:
+        """Until that child has ended well, or the time is up. Raises ChildFailed with the first
+        cause if any child fails or ends before it, Terminated on a signal."""
         while True:
-            for key, _ in self._selector.select():
-                if self._signal:
-                    raise Terminated(self._signal)
+            ready = self._selector.select(timeout_s)
+            if self._signal:
+                raise Terminated(self._signal)
+            if not ready:
+                return
+            for key, _ in ready:
                 child = key.data
                 if child is None:
                     continue

@@ -7,6 +7,7 @@ import sys
 
 from common.arguments import Parser, add_common, add_engine
 from common.entry import run_process
+from common.process import Leash
 
 _EPILOG = """\
 examples:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     add_common(parser)
     arguments = parser.parse_args(argv)
 
-    def work(leash):  # type: ignore[no-untyped-def]
+    def work(leash: Leash) -> None:
         from engine.start import run
 
         run(arguments, leash)

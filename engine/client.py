@@ -22,12 +22,13 @@ from typing import Any
 
 from common import protocol as p
 from common.channel import Client, Poller
-from common.errors import PeerError, ProtocolError, WeightFeederError
+from common.errors import PeerError, ProtocolError, SlotCorruptError, WeightFeederError
 from common.log import log
 from common.memory import Memory
 from common.process import Lock, watch
-from common.wait import Pending, Wakeup
-from engine.ledger import Ledger, Lease
+from common.verify import slot_checksum
+from common.wait import Pending
+from engine.ledger import Lease, Ledger
 
 HELLO_INTERVAL_S = 0.1
 HELLO_REPEAT_S = 1.0
@@ -52,8 +53,12 @@ class Stats:
 class WeightClient:
     """One engine's line to whatever feeder has the run directory. Close it to return everything."""
 
-    def __init__(self, directory: Path, leash_fd: int | None = None) -> None:
-        self._directory, self._leash_fd = directory, leash_fd
+    def __init__(
+        self, directory: Path, leash_fd: int | None = None, verify: bool = False
+    ) -> None:
+        """``leash_fd``: readable when the launcher is gone. ``verify``: check every slot's bytes
+        when it is taken and before it is returned, which is slow."""
+        self._directory, self._leash_fd, self._verify = directory, leash_fd, verify
         self.stats = Stats()
         self.feeder: p.Welcome | None = None  # the one we talk to now
         self._lock = threading.RLock()
@@ -72,6 +77,7 @@ class WeightClient:
         self._said = ""
         self._refused_pid = 0
         self._watch_fd = -1
+        self._ready: set[int] = set()  # descriptors that the last poll found readable
         self._closing = threading.Event()
         self._open()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -104,11 +110,15 @@ class WeightClient:
             self.stats.uses += 1
             if self._order is not None:
                 self._learn(weight)
+            if self._verify:
+                self._check(lease, "grant")
             return lease
 
     def release(self, lease: Lease) -> None:
         """The work queued so far is the last that reads the lease."""
         with self._lock:
+            if self._verify:
+                self._check(lease, "release")
             if self._ledger.put(lease):
                 self._give_back(lease)
 
@@ -161,6 +171,17 @@ class WeightClient:
             self.stats.waits += 1
             self.stats.stall_s += time.perf_counter() - start
         return taken[0]
+
+    def _check(self, lease: Lease, moment: str) -> None:
+        found, grant = slot_checksum(lease.data), lease.grant
+        expected = grant.checksum or lease.checksum or found  # a feeder without --verify sends none
+        lease.checksum = found
+        if found != expected:
+            raise SlotCorruptError(
+                f"verify at {moment}: weight {grant.weight} in slot {grant.slot}, generation"
+                f" {grant.generation}, has checksum {found:x}, expected {expected:x}: the slot was"
+                " written to while it was granted"
+            )
 
     def _learn(self, weight: int) -> None:
         assert self._order is not None
@@ -215,11 +236,11 @@ class WeightClient:
                         self._turn()
                     finally:
                         self._lock.release()
+        except WeightFeederError as error:
+            self._failure = error
         except Exception as error:
-            known = isinstance(error, WeightFeederError)
-            self._failure = error if known else PeerError(f"the engine's client: {error!r}")
-            if not known:
-                raise
+            self._failure = PeerError(f"the engine's client: {error!r}")
+            raise
 
     def _turn(self) -> None:
         """Everything that can be done now, without blocking."""
@@ -266,7 +287,7 @@ class WeightClient:
         if self._leash_fd is not None:
             self._poller.add(self._leash_fd)
         self._next_hello = 0.0
-        self._ready: set[int] = set()
+        self._ready = set()
 
     def _shut(self) -> None:
         self._channel.close()
@@ -335,8 +356,8 @@ class WeightClient:
             case p.Grant(weight=weight):
                 if not self._ledger.grant(message):
                     self.stats.ignored += 1
-                    text = f"grant of weight {weight} names a segment, extent or slot that cannot be"
-                    self._send(p.Failure("grant", text))
+                    what = "names a segment, extent or slot that cannot be"
+                    self._send(p.Failure("grant", f"grant of weight {weight} {what}"))
             case p.Revoke(slot, generation):
                 wanted = () if self._needed is None else (self._needed,)
                 lease = self._ledger.recall(slot, generation, wanted)
@@ -367,6 +388,7 @@ class WeightClient:
             log.info("feeder %d takes over; going on", welcome.pid)
         self._fingerprint = welcome.fingerprint
         self.feeder = welcome
+        self._verify = self._verify or welcome.verify
         if self._plan is not None:
             self._send(self._plan)
         if self._needed is not None:

@@ -110,7 +110,8 @@ class Generator:
     """A model, its codec and the sampling: answers prompts one after the other."""
 
     def __init__(self, model: PreTrainedModel, codec: Codec, sampling: Sampling, raw: bool) -> None:
-        self._model, self._codec, self._raw = model, codec, raw
+        self._model: Any = model  # its type has no ``generate``, which comes from a mixin
+        self._codec, self._raw = codec, raw
         self._config = sampling.apply(model.generation_config)
         self._seed = sampling.seed
 

@@ -36,6 +36,7 @@ class Lease:
     readers: int = 0  # between acquire and release
     recalled: bool = False  # revoked, or its feeder is gone: return it when nobody reads it
     returning: bool = False
+    checksum: int = 0  # as first seen, in verify mode
     _views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     def weight(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,13 +6,14 @@ import importlib.util
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, Qwen2ForCausalLM
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from common.errors import ConfigError, StoreError
 from common.store import Store
 from engine.client import WeightClient
 from engine.linear import FedLinear
 
+GENERATION_FILE = "generation_config.json"
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 
 
@@ -41,7 +42,7 @@ def build_model(
 ) -> PreTrainedModel:
     """Qwen2ForCausalLM on ``device`` in which every Linear that the store holds is a FedLinear.
 
-    Raises StoreError if store and model disagree.
+    Raises StoreError if store and model disagree, StoreCorruptError if a resident is damaged.
     """
     config = AutoConfig.from_pretrained(store.path, local_files_only=True)
     config._attn_implementation = choose_attention(attention, device, dtype)
@@ -51,10 +52,11 @@ def build_model(
     # What no checkpoint holds (rotary frequencies) is computed at construction: do that for real.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    residents = {
-        entry.name: store.read_resident(entry).to(device=device, dtype=dtype)
-        for entry in store.residents
-    }
+    residents = {}
+    for entry in store.residents:
+        tensor = store.read_resident(entry)
+        store.check_resident(entry, tensor)
+        residents[entry.name] = tensor.to(device=device, dtype=dtype)
     _feed_linears(model, store, client, dtype, residents)
     _assign(model, residents)
     if store.tied:
@@ -63,7 +65,18 @@ def build_model(
     if missing:
         raise StoreError(f"store {store.path} lacks {missing[0]} (and {len(missing) - 1} more)")
     model.config.dtype = dtype
+    if (store.path / GENERATION_FILE).is_file():
+        model.generation_config = _generation_config(store)
     return model.eval().requires_grad_(False)
+
+
+def _generation_config(store: Store) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(store.path, local_files_only=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{store.path / GENERATION_FILE} cannot be used: {error}: mend it, or remove it"
+        ) from error
 
 
 def _feed_linears(
@@ -79,11 +92,13 @@ def _feed_linears(
             linear = model.get_submodule(entry.name)
         except AttributeError:
             raise StoreError(f"store {store.path} has {entry.name}, the model has not") from None
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != entry.shape:
+        if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != entry.shape:
             raise StoreError(f"{entry.name} of store {store.path} does not fit the model's")
         bias = residents.pop(f"{entry.name}.bias", None)
         if (bias is None) != (linear.bias is None):
-            raise StoreError(f"{entry.name} of store {store.path}: the bias does not fit the model's")
+            raise StoreError(
+                f"{entry.name} of store {store.path}: the bias does not fit the model's"
+            )
         fed = FedLinear(client, index, entry.shape, dtype, bias)
         setattr(model.get_submodule(parent_name), name, fed)
 

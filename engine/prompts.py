@@ -36,13 +36,15 @@ def read_prompts(path: Path) -> list[Prompt]:
         prompts = [_prompt(record, f"{path}, entry {i}") for i, record in enumerate(records, 1)]
     else:
         prompts = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UsageError(f"prompts file {path}, line {number}: not JSON: {error}") from error
+                raise UsageError(
+                    f"prompts file {path}, line {number}: not JSON: {error}"
+                ) from error
             prompts.append(_prompt(record, f"{path}, line {number}"))
     if not prompts:
         raise UsageError(f"prompts file {path} holds no prompt: expected JSON lines with an input")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -19,26 +20,34 @@ from common.store import Store
 from engine.client import WeightClient
 from engine.prompts import Prompt, read_prompts, record
 
+if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
+    from engine.generate import Generator, Sampling
+    from engine.report import Report
+
 
 def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Answer what the flags ask. Raises WeightFeederError."""
-    from engine.generate import Sampling  # transformers takes seconds to import: flags come first
-
-    prompts, sampling = _prompts(arguments), _sampling(arguments, Sampling)
+    prompts, sampling = _prompts(arguments), _sampling(arguments)
     raise_on_termination()
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
         stack.callback(remove_run_directory, directory)
         lock = Lock(directory / "engine.lock", "engine")
-        lock.acquire()
         stack.callback(lock.release)
+        lock.acquire()
         output = _open_output(arguments.output, stack)
-        client = WeightClient(directory, leash.fd)
+        client = WeightClient(directory, leash.fd, arguments.verify)
         stack.callback(client.close)
         _generate(arguments, client, prompts, sampling, output)
 
 
-def _generate(arguments, client, prompts, sampling, output):  # type: ignore[no-untyped-def]
+def _generate(
+    arguments: argparse.Namespace,
+    client: WeightClient,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    output: TextIO,
+) -> None:
     from engine.generate import Generator
     from engine.model import build_model
     from engine.report import Report, print_summary
@@ -72,7 +81,9 @@ def _generate(arguments, client, prompts, sampling, output):  # type: ignore[no-
     print_summary(report.summary(), arguments.json)
 
 
-def _answer(prompt, generator, report, output, is_list):  # type: ignore[no-untyped-def]
+def _answer(
+    prompt: Prompt, generator: Generator, report: Report, output: TextIO, is_list: bool
+) -> None:
     show = output is not sys.stdout or not is_list  # the JSON lines have stdout to themselves
 
     def write(text: str) -> None:
@@ -101,9 +112,11 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return read_prompts(Path(arguments.prompts))
 
 
-def _sampling(arguments, sampling_class):  # type: ignore[no-untyped-def]
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "greedy")
-    return sampling_class(**{name: getattr(arguments, name) for name in names})
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from engine.generate import Sampling
+
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
 def _open_output(path: str | None, stack: ExitStack) -> TextIO:

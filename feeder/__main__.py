@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from common.arguments import Parser, add_common, add_feeder
 from common.entry import run_process
+from common.process import Leash
 
 _EPILOG = """\
 examples:
@@ -18,8 +20,6 @@ other commands: swap, status, stop (each with --help)
 
 
 def _parser() -> Parser:
-    import argparse
-
     parser = Parser(
         prog="python -m feeder",
         description="Keeps an INT4 store in pinned host memory and feeds an engine from it.",
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return control(argv)
     arguments = _parser().parse_args(argv)
 
-    def work(leash):  # type: ignore[no-untyped-def]
+    def work(leash: Leash) -> None:
         from feeder.start import serve
 
         serve(arguments, leash)

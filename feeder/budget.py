@@ -40,7 +40,7 @@ class Request:
             asked = min(self.cache.size_bytes, everything)
         else:
             asked = strategy.arena_bytes(self.plan, self.sizes, count)
-            asked = min(max(asked, max(self.sizes)), everything)
+            asked = min(max(asked, *self.sizes), everything)
         largest = max(range(total), key=lambda weight: self.sizes[weight])
         need = (
             f"the largest weight, {self.names[largest]}, needs {format_bytes(self.sizes[largest])}"

@@ -25,7 +25,9 @@ def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Mess
     directory = run_directory(name)
     pid = Lock.holder(directory / "feeder.lock")
     if pid is None:
-        raise PeerError(f"no feeder {name!r} is running: start one with python -m feeder --model STORE")
+        raise PeerError(
+            f"no feeder {name!r} is running: start one with python -m feeder --model STORE"
+        )
     client, poller = Client(directory / "feeder.sock"), Poller()
     client.register(poller)
     try:

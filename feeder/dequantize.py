@@ -16,8 +16,10 @@ BLOCKS_PER_PROGRAM = 64  # measured on an H100, see bench/; flat from 32 to 128
 NUM_WARPS = 4
 
 
-@triton.jit
-def _dequantize_kernel(codes, scales, out, elements, BLOCKS: tl.constexpr):
+@triton.jit  # which gives the parameters their types
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
+    codes, scales, out, elements, BLOCKS: tl.constexpr
+):
     """One program dequantizes BLOCKS blocks of 128.
 
     operand  shape               dtype             layout

@@ -72,7 +72,8 @@ class Scheduler:
     """Slots, arena and strategy of one feeder.
 
     ``sizes``: bytes of each weight in a slot, by weight. The arena must hold the largest.
-    ``on_fallback`` is told, in one line, why a strategy was replaced by ``on-demand``.
+    ``on_fallback`` is told, in one line, why a strategy was replaced by ``on-demand``;
+    ``on_evict`` gets each slot just before it is freed.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Scheduler:
         strategy: Strategy,
         first_generation: int = 0,
         on_fallback: Callable[[str], None] = lambda text: None,
+        on_evict: Callable[[Slot], None] | None = None,
     ) -> None:
         self.sizes = [aligned(size) for size in sizes]
         if capacity.size_bytes < max(self.sizes):
@@ -100,7 +102,7 @@ class Scheduler:
         self._wanted_now: dict[int, None] | None = None  # the target, until something changes it
         self._keep: frozenset[int] = frozenset()
         self._keep_bytes = 0  # the region of what stays
-        self._on_fallback = on_fallback
+        self._on_fallback, self._on_evict = on_fallback, on_evict
         self._strategy = strategy
         self.set_strategy(strategy)
 
@@ -320,6 +322,8 @@ class Scheduler:
 
     def _evict(self, slot: Slot) -> None:
         weight = slot.weight
+        if self._on_evict is not None:
+            self._on_evict(slot)
         self.arena.free(slot.offset_bytes)
         self.slots.apply(slot, Event.EVICT)
         self._tell(Strategy.freed, weight)

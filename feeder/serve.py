@@ -20,8 +20,9 @@ from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError, PeerError, ProtocolError, WeightFeederError
 from common.log import log
 from common.memory import Memory, Segment
-from common.plan import Plan
+from common.plan import Capacity, Plan
 from common.process import Leash, Lock, SignalFlag, Terminated, watch
+from common.slots import Slot
 from common.wait import Pending, Wakeup
 from feeder.budget import Request, engine_reserve_bytes, slot_sizes
 from feeder.filler import Filler
@@ -29,6 +30,7 @@ from feeder.host import HostStore
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 from feeder.strategies.base import Strategy
 from feeder.strategies.registry import make_strategy
+from feeder.verify import Verifier
 
 STATUS_PATIENCE_S = 0.3  # how long a status waits for an engine, which may be stopped
 _MALFORMED_SHOWN = 3
@@ -70,7 +72,8 @@ class Feeder:
         verify: bool = False,
     ) -> None:
         self.host, self.memory, self.filler = host, memory, filler
-        self.dtype, self.cache, self.verify = dtype, cache, verify
+        self.dtype, self.cache = dtype, cache
+        self._verifier = Verifier(host, dtype) if verify else None
         self._directory = directory
         store = host.store
         self._sizes = slot_sizes(store, dtype)
@@ -81,6 +84,7 @@ class Feeder:
         self.scheduler = Scheduler(
             self._plan, self._sizes, capacity, strategy,
             first_generation=int.from_bytes(os.urandom(4), "big"), on_fallback=log.error,
+            on_evict=self._evicted if verify else None,
         )  # fmt: skip
         self._wakeup = wakeup
         self._signal = SignalFlag(wakeup)
@@ -152,11 +156,26 @@ class Feeder:
             self._continue_resize(self._resize)
 
     def _fill(self, slot: int, weight: int, offset: int) -> None:
-        entry = self.host.store.weights[weight]
-        flat = self._segment.tensor[offset:][: entry.elements * self.dtype.itemsize]
+        flat = self._data(weight, offset)
         self._fills.add(self.filler.start(weight, flat.view(self.dtype)), slot)
 
+    def _data(self, weight: int, offset: int) -> torch.Tensor:
+        size_bytes = self.host.store.weights[weight].elements * self.dtype.itemsize
+        return self._segment.tensor[offset:][:size_bytes]
+
+    def _check(self, slot_id: int, moment: str) -> int:
+        """In verify mode: the slot's checksum, which has been compared with what it must be."""
+        if self._verifier is None:
+            return 0
+        slot = self.scheduler.slots.by_id(slot_id)
+        return self._verifier.check(slot, self._data(slot.weight, slot.offset_bytes), moment)
+
+    def _evicted(self, slot: Slot) -> None:
+        assert self._verifier is not None
+        self._verifier.freed(self._data(slot.weight, slot.offset_bytes))
+
     def _filled(self, slot: int) -> None:
+        self._check(slot, "fill")
         self.scheduler.filled(slot)
         self._samples.append((time.monotonic(), self.filler.streamed_bytes))
 
@@ -167,7 +186,7 @@ class Feeder:
                 weight=grant.weight, slot=grant.slot, generation=grant.generation,
                 segment=self._segment_id, offset_bytes=grant.offset_bytes,
                 size_bytes=entry.elements * self.dtype.itemsize, format="dequantized",
-                standing=grant.standing, checksum=0,
+                standing=grant.standing, checksum=self._check(grant.slot, "grant"),
             )
         )  # fmt: skip
 
@@ -199,7 +218,8 @@ class Feeder:
                 self._from_engine(message)
             case _:
                 self.scheduler.counters.ignored += 1
-                text = f"{type(message).__name__} from a peer that is not the engine: say hello first"
+                kind = type(message).__name__
+                text = f"{kind} from a peer that is not the engine: say hello first"
                 self._server.send(peer, p.Failure("unknown-peer", text))
 
     def _from_engine(self, message: p.Message) -> None:
@@ -209,6 +229,8 @@ class Feeder:
                 scheduler.need(weight)
             case p.Release(slots, generations):
                 for slot, generation in zip(slots, generations, strict=True):
+                    if scheduler.slots.held(slot, generation) is not None:
+                        self._check(slot, "release")
                     scheduler.released(slot, generation)
             case p.Plan(weights) if self._is_plan(weights):
                 scheduler.set_plan(Plan(weights))
@@ -265,7 +287,7 @@ class Feeder:
             p.Welcome(
                 pid=os.getpid(), store=str(store.path), fingerprint=store.fingerprint,
                 dtype=str(self.dtype).removeprefix("torch."), device=self.memory.identity,
-                strategy=self.scheduler.strategy.name, cache=str(self.cache), verify=self.verify,
+                strategy=self.scheduler.strategy.name, cache=str(self.cache), verify=self._verifier is not None,
             )
         )  # fmt: skip
         if self._resize is None:
@@ -346,7 +368,7 @@ class Feeder:
         log.info("swapped: %s", text)
         self._server.send(peer, p.Done(text))
 
-    def _capacity(self, strategy: Strategy, cache: Cache, own: int = 0):  # type: ignore[no-untyped-def]
+    def _capacity(self, strategy: Strategy, cache: Cache, own: int = 0) -> Capacity:
         """What the cache comes to on this device now. ``own``: bytes that would be given up for it."""
         store = self.host.store
         engine_runs = Lock.holder(self._directory / "engine.lock") is not None
@@ -374,7 +396,7 @@ class Feeder:
 
     def _fields(self) -> p.Fields:
         scheduler, counters = self.scheduler, self.scheduler.counters
-        states = {state: 0 for state in ("filling", "ready", "in_use", "revoked")}
+        states = dict.fromkeys(("filling", "ready", "in_use", "revoked"), 0)
         for slot in scheduler.slots:
             states[slot.state.value] += 1
         return {

@@ -14,7 +14,13 @@ from common.config import Cache, format_bytes
 from common.errors import StoreError
 from common.log import log
 from common.memory import Memory, memory_for
-from common.process import Leash, Lock, remove_run_directory, run_directory
+from common.process import (
+    Leash,
+    Lock,
+    raise_on_termination,
+    remove_run_directory,
+    run_directory,
+)
 from common.shared import SHM_DIRECTORY
 from common.store import Store
 from common.wait import Wakeup
@@ -35,12 +41,13 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             " first, or launch.py, which does"
         )
     store = Store.open(path)
+    raise_on_termination()  # until the feeder's loop is there to obey signals
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
         stack.callback(remove_run_directory, directory)
         lock = Lock(directory / "feeder.lock", "feeder")
-        lock.acquire()
         stack.callback(lock.release)
+        lock.acquire()
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
         host = _host_store(store, memory, arguments)

@@ -100,9 +100,7 @@ def _keep_by_bytes(plan: Plan, sizes: Sequence[int], capacity: Capacity) -> froz
     return best
 
 
-def _split_bytes(
-    plan: Plan, sizes: Sequence[int], keep: frozenset[int], streaming: int
-) -> int:
+def _split_bytes(plan: Plan, sizes: Sequence[int], keep: frozenset[int], streaming: int) -> int:
     """Bytes of the weights that stay and of ``streaming`` consecutive ones of those that do not."""
     streamed = [w for w in plan.order if w not in keep]
     kept_bytes = sum(sizes[w] for w in keep)

@@ -1,0 +1,73 @@
+"""The engine's side in the test's own process, fed by a feeder in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2ForCausalLM
+
+from common import int4
+from common.memory import Memory, memory_for
+from common.store import Store
+from engine.client import WeightClient
+from engine.ledger import Lease
+from engine.model import build_model
+from tests.processes import Process, Room
+
+
+@dataclass
+class Engine:
+    """A client that is connected. ``expected[weight]``: what every lease of it must hold."""
+
+    client: WeightClient
+    feeder: Process
+    memory: Memory
+    store: Store
+    dtype: torch.dtype
+    expected: list[torch.Tensor]
+
+    def holds(self, lease: Lease, weight: int) -> bool:
+        """Whether the lease's slot holds exactly the reference's dequantized weight."""
+        shape = self.store.weights[weight].shape
+        return torch.equal(lease.weight(self.dtype, shape), self.expected[weight])
+
+
+@contextmanager
+def engine(room: Room, store: Path, *flags: object, module: str = "feeder") -> Iterator[Engine]:
+    """Start a feeder of ``store`` with ``flags`` and connect to it."""
+    feeder = room.feeder("--model", store, *flags, module=module)
+    client = WeightClient(room.directory())
+    try:
+        welcome = client.wait_for_feeder()
+        memory = memory_for(welcome.device)
+        client.use(memory)
+        opened = Store.open(Path(welcome.store))
+        dtype = getattr(torch, welcome.dtype)
+        expected = [
+            int4.dequantize(*opened.read_weight(entry), entry.shape, dtype).to(memory.device)
+            for entry in opened.weights
+        ]
+        yield Engine(client, feeder, memory, opened, dtype, expected)
+        if memory.device.type == "cuda":
+            torch.cuda.synchronize(memory.device)
+    finally:
+        client.close()
+
+
+@contextmanager
+def model(
+    room: Room, store: Path, *flags: object, attention: str = "auto"
+) -> Iterator[tuple[Qwen2ForCausalLM, Engine]]:
+    """The model as an engine builds it."""
+    with engine(room, store, *flags) as connected:
+        yield (
+            build_model(
+                connected.store, connected.client, connected.memory.device, connected.dtype,
+                attention,
+            ),
+            connected,
+        )  # fmt: skip

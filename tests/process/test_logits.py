@@ -1,0 +1,140 @@
+"""Logits and text through the pipeline equal those of the plain model, whatever the cache."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM, set_seed
+
+from common.store import Store
+from engine.generate import Generator, Sampling
+from engine.linear import FedLinear
+from engine.text import codec_for
+from feeder.quantize import quantize_checkpoint
+from tests import fed
+from tests.checkpoints import make_checkpoint
+from tests.processes import Room
+from tests.reference import all_logits, reference_model
+
+# None of these hidden sizes is a multiple of 128, so blocks of 128 run across rows.
+MODELS: dict[str, dict[str, Any]] = {
+    "untied, grouped": {"hidden": 96, "heads": 4, "kv_heads": 2},
+    "untied, ungrouped": {"hidden": 60, "intermediate": 133, "heads": 3, "kv_heads": 3},
+    "tied, grouped": {"hidden": 120, "heads": 6, "kv_heads": 1, "tied": True},
+    "tied, ungrouped": {"hidden": 144, "heads": 2, "kv_heads": 2, "tied": True, "layers": 1},
+}
+# 15 weights (tied: 14, or 7), so that 128 is more than there are.
+CACHES = ["1", "2", "7", "128", "-1"]
+
+
+@dataclass
+class Model:
+    checkpoint: Path
+    store: Path
+    reference: Qwen2ForCausalLM
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    made = {}
+    for name, shape in MODELS.items():
+        path = tmp_path_factory.mktemp("model")
+        checkpoint = make_checkpoint(path / "checkpoint", **shape)
+        quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
+        made[name] = Model(
+            checkpoint, path / "store", reference_model(checkpoint, torch.float32)
+        )
+    return made
+
+
+def assert_same_logits(model: Qwen2ForCausalLM, reference: Qwen2ForCausalLM) -> None:
+    for found, expected in zip(all_logits(model), all_logits(reference), strict=True):
+        assert found.dtype == expected.dtype
+        assert expected.isfinite().all() and expected.std() > 0.01
+        assert torch.equal(found, expected), (found - expected).abs().max()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_in_float32_are_those_of_the_plain_model(
+    room: Room, models: dict[str, Model], name: str, cache: str
+) -> None:
+    with fed.model(room, models[name].store, f"--cache={cache}") as (model, engine):
+        linears = sum(isinstance(module, FedLinear) for module in model.modules())
+        assert linears == len(engine.store.weights)
+        assert_same_logits(model, models[name].reference)
+        passes = 5  # of `all_logits`
+        assert engine.client.stats.uses == passes * linears
+        if cache in ("1", "2"):  # nothing can have stayed: each use was a fill of its own
+            assert engine.client.ask_status()["fills"] >= passes * linears
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"),
+    [
+        ("untied, grouped", "bfloat16", "sdpa"),
+        ("tied, grouped", "float16", "eager"),
+    ],
+)
+def test_logits_in_other_dtypes(
+    room: Room, models: dict[str, Model], name: str, dtype: str, attention: str
+) -> None:
+    chosen = models[name]
+    reference = reference_model(chosen.checkpoint, getattr(torch, dtype), attention=attention)
+    flags = ["--cache=2", f"--dtype={dtype}"]
+    with fed.model(room, chosen.store, *flags, attention=attention) as (model, _):
+        assert_same_logits(model, reference)
+
+
+# What a user asks for, and the same in the words of transformers' own generate.
+SAMPLINGS: dict[str, tuple[Sampling, dict[str, Any]]] = {
+    "as the model's generation config says": (Sampling(seed=3), {}),
+    "greedy": (Sampling(greedy=True), {"do_sample": False}),
+    "temperature 0": (Sampling(temperature=0.0), {"do_sample": False}),
+    "sampled": (
+        Sampling(seed=4, temperature=1.5, top_p=0.9, top_k=50),
+        {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 50},
+    ),
+    "penalty": (
+        Sampling(greedy=True, repetition_penalty=3.0),
+        {"do_sample": False, "repetition_penalty": 3.0},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sampled_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose own generation config samples, as that of an instruct model does."""
+    path = tmp_path_factory.mktemp("sampled")
+    checkpoint = make_checkpoint(path / "checkpoint", seed=1)
+    config = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.95}
+    config |= {"repetition_penalty": 1.2, "eos_token_id": [1, 2], "pad_token_id": 0}
+    (checkpoint / "generation_config.json").write_text(json.dumps(config))
+    quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
+    return Model(checkpoint, path / "store", reference_model(checkpoint, torch.float32))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_text_is_that_of_the_plain_model(room: Room, sampled_model: Model, cache: str) -> None:
+    prompt = [5, 17, 300, 2]
+    texts = set()
+    with fed.model(room, sampled_model.store, f"--cache={cache}") as (model, engine):
+        codec = codec_for(engine.store)
+        own_config = model.generation_config
+        for name, (sampling, words) in SAMPLINGS.items():
+            model.generation_config = copy.deepcopy(own_config)  # a generator makes it its own
+            limited = replace(sampling, max_new_tokens=24)
+            generator = Generator(model, codec, limited, raw=True)
+            answer = generator.answer(" ".join(map(str, prompt)), lambda _: None)
+            set_seed(sampling.seed or 0)
+            ids = torch.tensor([prompt])
+            expected = sampled_model.reference.generate(ids, max_new_tokens=24, **words)
+            assert answer.ids == expected[0, len(prompt) :].tolist(), name
+            texts.add(answer.text)
+    assert len(texts) == len(SAMPLINGS) - 1  # two of them are the same
