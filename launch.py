@@ -69,6 +69,9 @@ def _parse(
     one.add_argument(
         "--engine-only", action="store_true", help="start no feeder, print its command"
     )
+    parser.add_argument(
+        "--debug", action="store_true", help="the engine under pdb, with this terminal as its input"
+    )
     engine = add_engine(parser.add_argument_group("engine"))
     feeder = add_feeder(parser.add_argument_group("feeder"))
     both = add_common(parser)
@@ -84,12 +87,14 @@ def _run(
     engine_actions: list[argparse.Action],
     supervisor: Supervisor,
 ) -> int:
-    engine = [sys.executable, "-m", "engine", *as_flags(arguments, engine_actions)]
+    debugger = ["-m", "pdb"] if arguments.debug else []
+    engine = [sys.executable, *debugger, "-m", "engine", *as_flags(arguments, engine_actions)]
+    supervisor.leave_interrupts = arguments.debug
     feeder = [sys.executable, "-m", "feeder", *as_flags(arguments, feeder_actions)]
     children: list[Child] = []
     if not arguments.feeder_only:
         # First, since importing transformers takes longest: the engine waits for its feeder.
-        children.append(supervisor.start("engine", engine))
+        children.append(supervisor.start("engine", engine, foreground=arguments.debug))
     store, quantize = _store(arguments)
     feeder.append(f"--model={store}")
     if arguments.engine_only:

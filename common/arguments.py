@@ -84,6 +84,9 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         ),
         parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
         parser.add_argument(
+            "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"
+        ),
+        parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"
         ),
     ]

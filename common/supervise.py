@@ -46,6 +46,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._cause = ""
         self._signal = 0
+        self.leave_interrupts = False  # Ctrl-C is for a child in the foreground, not for us
         self._selector = selectors.DefaultSelector()
         self._alarm, alarm = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._alarm_in = alarm
@@ -155,4 +156,5 @@ class Supervisor:
             child.leash.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = self._signal or number
+        if not (number == signal.SIGINT and self.leave_interrupts):
+            self._signal = self._signal or number

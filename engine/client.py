@@ -163,9 +163,12 @@ class WeightClient:
         if granted():
             return taken[0]
         self._needed = weight
-        self._send(p.Need(weight))
         try:
-            self._pump_until(granted)
+            if self._ledger.returning(weight):  # a need must not overtake the release of its weight
+                self._pump_until(lambda: granted() or not self._ledger.returning(weight))
+            if not taken:
+                self._send(p.Need(weight))
+                self._pump_until(granted)
         finally:
             self._needed = None
             self.stats.waits += 1

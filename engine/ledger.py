@@ -90,6 +90,10 @@ class Ledger:
         lease.returning = True
         return True
 
+    def returning(self, weight: int) -> bool:
+        """Whether a lease of ``weight`` waits for its kernels, so that its feeder knows nothing yet."""
+        return any(x.returning and x.grant.weight == weight for x in self._by_slot.values())
+
     def recall(self, slot: int, generation: int, wanted: Container[int]) -> Lease | None:
         """The feeder asks for a grant back: the lease, if it is to be returned now.
 

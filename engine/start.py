@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Answer what the flags ask. Raises WeightFeederError."""
     prompts, sampling = _prompts(arguments), _sampling(arguments)
     raise_on_termination()
+    if arguments.debugpy is not None:
+        _wait_for_editor(arguments.debugpy)
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
         stack.callback(remove_run_directory, directory)
@@ -128,6 +130,21 @@ def _open_output(path: str | None, stack: ExitStack) -> TextIO:
         raise UsageError(f"output file {path} exists: remove it, or name another") from None
     except OSError as error:
         raise UsageError(f"output file {path} cannot be written: {error.strerror}") from error
+
+
+def _wait_for_editor(port: int) -> None:
+    try:
+        import debugpy
+    except ImportError as error:
+        raise UsageError(
+            "--debugpy needs the package debugpy, which is not installed: pip install debugpy"
+        ) from error
+    try:
+        debugpy.listen(("127.0.0.1", port))
+    except (OSError, RuntimeError, OverflowError, ValueError) as error:
+        raise UsageError(f"--debugpy {port}: cannot listen there: {error}") from error
+    log.info("waiting for a debugger to attach on 127.0.0.1:%d", port)
+    debugpy.wait_for_client()
 
 
 def _wait_full(client: WeightClient) -> None:

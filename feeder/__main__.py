@@ -15,7 +15,7 @@ examples:
   python -m feeder swap resident --cache 10GiB
   python -m feeder status --watch
   python -m feeder stop
-other commands: swap, status, stop (each with --help)
+other commands: swap, status, stop, simulate (each with --help)
 """
 
 
@@ -37,6 +37,10 @@ def main(argv: list[str]) -> int:
         from feeder.control import main as control
 
         return control(argv)
+    if argv and argv[0] == "simulate":
+        from feeder.simulate import main as simulate
+
+        return simulate(argv)
     arguments = _parser().parse_args(argv)
 
     def work(leash: Leash) -> None:

@@ -146,6 +146,9 @@ class Scheduler:
     def need(self, weight: int) -> None:
         """The engine is blocked on ``weight``. Served before anything else."""
         self.counters.needs += 1
+        if self._needs:  # it waits for one weight at a time: what it waited for before has reached it
+            self._needs.clear()
+            self._wanted_now = None
         slot = self.slots.get(weight)
         if slot is not None and slot.state is State.IN_USE:
             return  # the grant is on its way: the two messages crossed
@@ -307,7 +310,9 @@ class Scheduler:
 
     def _dispensable(self, weight: int, target: dict[int, None]) -> list[Slot]:
         """Slots that may make room for ``weight``, in the order in which they should."""
-        slots = [s for s in self.slots if s.weight not in target or self._misplaced(s)]
+        needs = self._needs  # may lie anywhere until they are granted
+        slots = [s for s in self.slots if s.weight not in needs]
+        slots = [s for s in slots if s.weight not in target or self._misplaced(s)]
         slots.sort(key=lambda slot: slot.state is not State.READY)
         if weight in self._needs:  # a need comes before every wish, the last wish goes first
             wishes = (wish for wish in reversed(target) if wish not in self._needs)

@@ -50,7 +50,7 @@ class _Engine:
 class _Resize:
     """A change of the arena that waits until every slot is free."""
 
-    peer: bytes | None
+    peer: bytes
     strategy: Strategy
     cache: Cache
     retiring: bool = False
@@ -320,14 +320,15 @@ class Feeder:
         try:
             if self._resize is not None:
                 raise WeightFeederError("a swap is under way: try again when it is done")
+            now = self.scheduler.strategy
             cache = Cache.parse(swap.cache) if swap.cache else self.cache
-            strategy = make_strategy(swap.strategy or self.scheduler.strategy.name)
+            strategy = make_strategy(swap.strategy or now.spec or now.name)
             capacity = self._capacity(strategy, cache, own=self._segment.size_bytes)
         except WeightFeederError as error:
             self._server.send(peer, p.Failure("swap", str(error)))
             return
-        now = self.scheduler.capacity
-        if capacity.count == now.count and capacity.size_bytes <= now.size_bytes and not swap.cache:
+        has = self.scheduler.capacity
+        if capacity.count == has.count and capacity.size_bytes <= has.size_bytes and not swap.cache:
             self.scheduler.set_strategy(strategy)
             self._swapped(peer)
             return
@@ -342,20 +343,21 @@ class Feeder:
                 self._send(p.Retire(self._segment_id))
             return
         self._resize = None
-        former = self.scheduler.capacity
+        former, refused = self.scheduler.capacity, ""
         self._segment.close()
         try:
             capacity = self._capacity(resize.strategy, resize.cache)
             self._segment = self.memory.allocate(capacity.size_bytes)
             self.cache = resize.cache
         except MemoryShortageError as error:
-            log.error("%s: the cache stays as it was", error)
-            capacity = former
+            capacity, refused = former, f"{error}: the cache stays as it was"
             self._segment = self.memory.allocate(capacity.size_bytes)
         self._segment_id += 1
         self.scheduler.resize(capacity, resize.strategy)
         self._export()
-        if resize.peer is not None:
+        if refused:
+            self._server.send(resize.peer, p.Failure("memory", refused))
+        else:
             self._swapped(resize.peer)
         self._execute()
 

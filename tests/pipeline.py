@@ -80,7 +80,7 @@ class Engine:
             self.next = next(self._order)
         for _ in range(self._random.randint(0, len(self.inbox))):  # what has come, it looks at
             self._obey(self.inbox.popleft())
-        if not self._take(self.next):
+        if not self._take(self.next) and not self.ledger.returning(self.next):
             self.needed = self.next
             self.waits += 1
             self.outbox.append(p.Need(self.next))

@@ -16,6 +16,7 @@ class Strategy:
     """
 
     name = "strategy"
+    spec = ""  # what it was asked for by: its name, or path/to/file.py:Class
 
     def __init__(self) -> None:
         self.plan: Plan

@@ -17,6 +17,12 @@ BUILT_IN: dict[str, type[Strategy]] = {c.name: c for c in (Ring, Resident, OnDem
 
 def make_strategy(spec: str) -> Strategy:
     """A new strategy from a built-in name or ``path/to/file.py:Class``. StrategyError otherwise."""
+    strategy = _make(spec)
+    strategy.spec = spec
+    return strategy
+
+
+def _make(spec: str) -> Strategy:
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
     path_text, colon, class_name = spec.rpartition(":")
