@@ -151,13 +151,12 @@ class SignalFlag:
 
     def __init__(self, wakeup: Wakeup) -> None:
         self.received = 0
-        self._wakeup = wakeup
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
+        wakeup.set_on_signals()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._wakeup.set()
 
 
 def raise_on_termination() -> None:

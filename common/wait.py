@@ -9,6 +9,7 @@ runs on a thread, since it is long and holds no lock.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -23,22 +24,39 @@ class Wakeup:
     """A file descriptor that any thread or signal handler can make readable."""
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._on_signals = False
 
     def set(self) -> None:
-        if self.fd >= 0:
-            os.eventfd_write(self.fd, 1)
+        try:
+            if self._write_fd >= 0:
+                os.write(self._write_fd, b"\0")
+        except BlockingIOError:
+            pass  # full, so readable as it is
+
+    def set_on_signals(self) -> None:
+        """From now on every signal that has a handler sets it too, in the moment it arrives.
+
+        The handler itself runs later, between two bytecodes: a signal that arrives just before a
+        poll begins would else be noticed only when that poll ends. Main thread only.
+        """
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._on_signals = True
 
     def clear(self) -> None:
         try:
-            os.eventfd_read(self.fd)
+            os.read(self.fd, 1 << 16)  # all that a pipe holds
         except BlockingIOError:
             pass
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self._on_signals:
+            signal.set_wakeup_fd(-1)
+            self._on_signals = False
+        for fd in (self.fd, self._write_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._write_fd = -1
 
 
 class Work(ABC):

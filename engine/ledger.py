@@ -16,6 +16,9 @@ from common import protocol as p
 from common.memory import Segment
 
 
+MAX_VIEWS = 4096  # tensors of slots that a mapping keeps; making one takes as long as a launch
+
+
 @dataclass(eq=False)
 class Mapping:
     """A mapped segment. ``users``: leases in it that have not been returned."""
@@ -23,27 +26,37 @@ class Mapping:
     id: int
     segment: Segment
     users: int = 0
+    views: dict[tuple[int, torch.dtype, tuple[int, ...]], torch.Tensor] = field(
+        default_factory=dict
+    )
     orphaned: bool = False  # the feeder that lent it is gone
 
 
 @dataclass(eq=False)
 class Lease:
-    """A grant as the engine holds it. ``data``: the slot's bytes, uint8."""
+    """A grant as the engine holds it."""
 
     grant: p.Grant
     mapping: Mapping
-    data: torch.Tensor
     readers: int = 0  # between acquire and release
     recalled: bool = False  # revoked, or its feeder is gone: return it when nobody reads it
     returning: bool = False
     checksum: int = 0  # as first seen, in verify mode
-    _views: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The slot's bytes, uint8."""
+        return self.mapping.segment.tensor[self.grant.offset_bytes :][: self.grant.size_bytes]
 
     def weight(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The dequantized weight in the slot, ``shape`` [N, K] of ``dtype``; no copy."""
-        view = self._views.get((dtype, shape))
+        views = self.mapping.views
+        key = (self.grant.offset_bytes, dtype, shape)
+        view = views.get(key)
         if view is None:
-            view = self._views[dtype, shape] = self.data.view(dtype).view(shape)
+            if len(views) >= MAX_VIEWS:
+                views.clear()
+            view = views[key] = self.data.view(dtype).view(shape)
         return view
 
 
@@ -68,7 +81,7 @@ class Ledger:
             return False
         if grant.slot in self._by_slot or grant.weight in self._offered:
             return False
-        lease = Lease(grant, mapping, mapping.segment.tensor[grant.offset_bytes : end])
+        lease = Lease(grant, mapping)
         mapping.users += 1
         self._offered[grant.weight] = self._by_slot[grant.slot] = lease
         return True
@@ -138,6 +151,7 @@ class Ledger:
         idle = [mapping for mapping in self._going if not mapping.users]
         for mapping in idle:
             self._going.remove(mapping)
+            mapping.views.clear()
             mapping.segment.close()
         return [mapping.id for mapping in idle if not mapping.orphaned]
 

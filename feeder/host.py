@@ -23,7 +23,7 @@ from common.progress import progress
 from common.shared import SHM_DIRECTORY, SharedMemory
 from common.store import Store, WeightEntry
 
-TILE_BLOCKS = 1 << 19  # 32 MiB of codes and 1 MiB of scales
+TILE_BLOCKS = 9 << 16  # 36 MiB of codes: half of the largest matrix of a 32B model, 27648 x 5120
 _ALIGNMENT_BYTES = 256
 LAYOUT_VERSION = 1
 

@@ -86,7 +86,7 @@ class Scheduler:
         on_fallback: Callable[[str], None] = lambda text: None,
         on_evict: Callable[[Slot], None] | None = None,
     ) -> None:
-        self.sizes = [aligned(size) for size in sizes]
+        self.sizes = tuple(aligned(size) for size in sizes)  # strategies see it: not to be changed
         if capacity.size_bytes < max(self.sizes):
             raise InternalError(f"{capacity} does not hold the largest weight")
         self.plan, self.capacity = plan, capacity
@@ -100,7 +100,8 @@ class Scheduler:
         self._pass_fills = 0
         self._filling_bytes = self._filling_count = 0
         self._wanted_now: dict[int, None] | None = None  # the target, until something changes it
-        self._keep: frozenset[int] = frozenset()
+        self._kept: frozenset[int] = frozenset()  # what the strategy keeps, checked
+        self._keep = self._kept  # what slots have been laid out for
         self._keep_bytes = 0  # the region of what stays
         self._on_fallback, self._on_evict = on_fallback, on_evict
         self._strategy = strategy
@@ -204,9 +205,9 @@ class Scheduler:
         if self._draining:
             return list(self._drain())
         commands: list[Command] = []
-        if self._strategy.keep is not self._keep:
-            self._change_keep(commands)
         target = self._target()
+        if self._kept is not self._keep:
+            self._change_keep(commands)
         self._fill(target, commands)
         if self.attached:
             self._grant(target, commands)
@@ -241,6 +242,7 @@ class Scheduler:
             if len(target) == count or room < 0:
                 break
             target[weight] = None
+        self._guard(lambda: None)  # it may have changed its mind on what stays
         self._wanted_now = target
         return target
 
@@ -341,8 +343,8 @@ class Scheduler:
     def _change_keep(self, commands: list[Command]) -> None:
         """Other weights stay. A standing grant tells nothing of the engine's progress, so a weight
         that does not stay any longer is asked back, to be granted in the ordinary way."""
-        self._keep = self._strategy.keep
-        self._keep_bytes = sum(self.sizes[w] for w in self._keep if 0 <= w < len(self.sizes))
+        self._keep = self._kept
+        self._keep_bytes = sum(self.sizes[w] for w in self._keep)
         for slot in self.slots:
             if slot.standing and slot.state is State.IN_USE and slot.weight not in self._keep:
                 commands.append(self._revoke(slot))
@@ -390,17 +392,23 @@ class Scheduler:
         try:
             call()
             keep = self._strategy.keep
-            if not isinstance(keep, frozenset):
-                raise TypeError(f"keep must be a frozenset of weights, not {type(keep).__name__}")
+            if keep is not self._kept:
+                self._check_keep(keep)
+                self._kept = keep
         except Exception as error:
             self._fall_back(error)
+
+    def _check_keep(self, keep: object) -> None:
+        if not isinstance(keep, frozenset):
+            raise TypeError(f"keep must be a frozenset of weights, not {type(keep).__name__}")
+        for weight in keep:
+            if type(weight) is not int or not 0 <= weight < len(self.sizes):
+                raise ValueError(f"keep holds {weight!r}, which is not a weight")
 
     def _fall_back(self, error: Exception) -> None:
         failed = self._strategy
         if type(failed) is OnDemand:
             raise InternalError(f"on-demand failed: {error!r}") from error
-        self._on_fallback(
-            f"strategy {failed.name} failed ({type(error).__name__}: {error});"
-            " going on with on-demand"
-        )
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self._on_fallback(f"strategy {failed.name} failed ({reason}); going on with on-demand")
         self.set_strategy(OnDemand())

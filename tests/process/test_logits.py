@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, set_seed
 
-from common.store import Store
 from engine.generate import Generator, Sampling
 from engine.linear import FedLinear
 from engine.text import codec_for
@@ -47,9 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         path = tmp_path_factory.mktemp("model")
         checkpoint = make_checkpoint(path / "checkpoint", **shape)
         quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
-        made[name] = Model(
-            checkpoint, path / "store", reference_model(checkpoint, torch.float32)
-        )
+        made[name] = Model(checkpoint, path / "store", reference_model(checkpoint, torch.float32))
     return made
 
 
