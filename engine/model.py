@@ -44,6 +44,10 @@ def build_model(
 
     Raises StoreError if store and model disagree, StoreCorruptError if a resident is damaged.
     """
+    if device.type == "cuda":
+        # cuDNN's attention builds a plan for every new length of the KV cache: 25 ms for each token,
+        # measured on an H100. docs/decisions/0005-no-cudnn-attention.md
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = AutoConfig.from_pretrained(store.path, local_files_only=True)
     config._attn_implementation = choose_attention(attention, device, dtype)
     config.dtype = dtype

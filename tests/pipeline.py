@@ -3,7 +3,7 @@
 The queues are the socket, the link and the GPU. Whatever is in one of them may take any time to get
 out, in order; a random choice among all that could happen next makes every history that is legal. What
 a fill leaves in a slot is the weight's number, so that a slot that is read too early, or refilled while
-it is read, shows. After every event the promises of docs/architecture.md are checked.
+it is read, shows. After every event `Pipeline.check` checks what must hold at every moment.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ class Pipeline:
             if true():
                 return
             if not self.advance(go):
-                raise Deadlock(self._situation())
-        raise Deadlock(f"no end: {self._situation()}")
+                raise Deadlock(self.situation())
+        raise Deadlock(f"no end: {self.situation()}")
 
     def use(self, count: int, limit: int = 5000) -> None:
         """Until the engine has acquired ``count`` more weights; each within ``limit`` events."""
@@ -417,7 +417,7 @@ class Pipeline:
         assert sum(slot.state is State.FILLING for slot in slots) == len(self.fills)
         assert scheduler.counters.ignored == self.stale
 
-    def _situation(self) -> str:
+    def situation(self) -> str:
         states = {s.weight: s.state.value for s in self.scheduler.slots}
         needed = self.engine.needed if self.engine else None
         return f"engine waits for {needed}; {states}; {self.scheduler.capacity}; sizes {self.sizes}"
