@@ -28,6 +28,10 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
     return socket
 
 
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
 def _endpoint(path: Path) -> str:
     if len(str(path).encode()) > _MAX_SOCKET_PATH:
         raise ConfigError(
@@ -51,7 +55,7 @@ class Server:
     def receive(self) -> Iterator[tuple[bytes, Message | ProtocolError]]:
         """Everything that has arrived: (peer, message), or (peer, why it was none). Never blocks."""
         # Asked first: an exception for "nothing there" would cost more than most messages.
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while _readable(self._socket):
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             if len(frames) != 2:
                 error = ProtocolError(f"{len(frames) - 1} frames found: expected one")
@@ -86,6 +90,8 @@ class Client:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = _socket(self._context, zmq.DEALER)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        # Disconnecting would lose what has been granted: ``decode`` refuses what is too large.
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 64 * MAX_MESSAGE_BYTES)
         # Only a living connection takes messages: none is kept for whoever binds the path next.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(_endpoint(path))
@@ -93,7 +99,7 @@ class Client:
     def receive(self) -> Iterator[Message | ProtocolError]:
         """Everything that has arrived. Never blocks."""
         # Asked first: an exception for "nothing there" would cost more than most messages.
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while _readable(self._socket):
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             if len(frames) != 1:
                 yield ProtocolError(f"{len(frames)} frames found: expected one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from common.errors import UsageError
 
@@ -18,11 +19,11 @@ _UNITS = {
 
 def parse_size(text: str) -> int:
     """Bytes from a size such as ``10GiB`` or ``500 MB``. UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)\s*", text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"size {text!r} is not understood: write a number and a unit, as 10GiB")
-    size_bytes = int(float(match.group(1)) * unit)
+    size_bytes = int(Fraction(match.group(1)) * unit)
     if size_bytes < 1:
         raise UsageError(f"size {text!r} is no size: give at least one byte")
     return size_bytes
@@ -47,7 +48,7 @@ class Cache:
     @classmethod
     def parse(cls, text: str) -> Cache:
         """From ``128``, ``-1`` or ``10GiB``. UsageError for anything else."""
-        if re.fullmatch(r"\s*[+-]?\d+\s*", text):
+        if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
             count = int(text)
             if count == -1:
                 return cls()

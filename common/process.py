@@ -15,6 +15,7 @@ import socket
 import stat
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -37,7 +38,8 @@ def run_directory(name: str) -> Path:
     else:
         base = Path(tempfile.gettempdir()) / f"weight-feeder-{os.getuid()}"
     for directory in (base, base / name):
-        directory.mkdir(mode=0o700, parents=False, exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
         found = directory.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise ConfigError(
@@ -136,6 +138,8 @@ def watch(pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError as error:
         raise PeerError(f"process {pid} is gone: {error.strerror}") from error
+    except OverflowError as error:  # the pid may be any number that a peer sent
+        raise PeerError(f"process {pid} cannot be: {error}") from error
 
 
 class Terminated(WeightFeederError):

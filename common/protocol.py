@@ -154,10 +154,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something was refused or went wrong. ``code``: one word for programs, ``text``: one line."""
+    """Something was refused or went wrong. ``code``: one word for programs, ``text``: one line, cut to
+    what a message may carry: it may quote what a peer sent."""
 
     code: str
     text: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str):
+            text = self.text.encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, "text", text[:MAX_TEXT])
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,10 @@ def encode(message: Message) -> bytes:
     cls = type(message)
     values = {name: getattr(message, name) for name in _SCHEMA[cls]}
     _check(cls, values)
-    data: bytes = msgpack.packb({"v": VERSION, "t": _NAMES[cls], **values})
+    try:
+        data: bytes = msgpack.packb({"v": VERSION, "t": _NAMES[cls], **values})
+    except (OverflowError, ValueError) as error:  # beyond 64 bits, or text that is no Unicode
+        raise ProtocolError(f"{_NAMES[cls]} cannot be encoded: {error}") from None
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"{_NAMES[cls]} of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
     return data

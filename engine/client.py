@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -33,6 +34,7 @@ from engine.ledger import Lease, Ledger
 HELLO_INTERVAL_S = 0.1
 HELLO_REPEAT_S = 1.0
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
+DYING_S = 5.0  # how long a killed process may take to end
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
 _FORMATS = "dequantized"
 _MALFORMED_SHOWN = 3
@@ -53,9 +55,7 @@ class Stats:
 class WeightClient:
     """One engine's line to whatever feeder has the run directory. Close it to return everything."""
 
-    def __init__(
-        self, directory: Path, leash_fd: int | None = None, verify: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, leash_fd: int | None = None, verify: bool = False) -> None:
         """``leash_fd``: readable when the launcher is gone. ``verify``: check every slot's bytes
         when it is taken and before it is returned, which is slow."""
         self._directory, self._leash_fd, self._verify = directory, leash_fd, verify
@@ -366,15 +366,25 @@ class WeightClient:
                 lease = self._ledger.recall(slot, generation, wanted)
                 if lease is not None:
                     self._give_back(lease)
-            case p.Export(segment, kind, size_bytes, handle):
-                self._memory.bind_thread()
-                self._ledger.add(segment, self._memory.open(kind, handle, size_bytes))
+            case p.Export(segment) if self._ledger.expects(segment):
+                self._map(self._memory, message)
             case p.Retire(segment):
                 self._ledger.retire(segment)
             case p.Status(fields):
                 self._status = fields
             case _:
                 self.stats.ignored += 1
+
+    def _map(self, memory: Memory, export: p.Export) -> None:
+        memory.bind_thread()
+        try:
+            segment = memory.open(export.kind, export.handle, export.size_bytes)
+        except PeerError:
+            # A feeder that is being killed gives up its memory before its end can be seen.
+            if select.select([self._watch_fd], [], [], DYING_S)[0]:
+                return
+            raise
+        self._ledger.add(export.segment, segment)
 
     def _welcome(self, welcome: p.Welcome) -> None:
         if self._fingerprint not in ("", welcome.fingerprint):

@@ -15,7 +15,6 @@ import torch
 from common import protocol as p
 from common.memory import Segment
 
-
 MAX_VIEWS = 4096  # tensors of slots that a mapping keeps; making one takes as long as a launch
 
 
@@ -68,19 +67,30 @@ class Ledger:
         self._by_slot: dict[int, Lease] = {}
         self._mappings: dict[int, Mapping] = {}
         self._going: list[Mapping] = []
+        self._last_segment = -1  # segments are numbered in the order in which they are exported
+        self._generations: dict[int, int] = {}  # by slot: of its last grant
+
+    def expects(self, segment_id: int) -> bool:
+        """Whether a segment of that number is new: it has not been mapped, nor retired."""
+        return segment_id > self._last_segment
 
     def add(self, segment_id: int, segment: Segment) -> None:
         """A segment of the feeder's has been mapped."""
+        self._last_segment = segment_id
         self._mappings[segment_id] = Mapping(segment_id, segment)
 
     def grant(self, grant: p.Grant) -> bool:
-        """Note a grant; False if it names a segment, an extent or a slot that cannot be."""
+        """Note a grant; False if it is an old one that is repeated, or names a segment, an extent or
+        a slot that cannot be."""
         mapping = self._mappings.get(grant.segment)
         end = grant.offset_bytes + grant.size_bytes
         if mapping is None or end > mapping.segment.size_bytes:
             return False
         if grant.slot in self._by_slot or grant.weight in self._offered:
             return False
+        if grant.generation <= self._generations.get(grant.slot, -1):
+            return False
+        self._generations[grant.slot] = grant.generation
         lease = Lease(grant, mapping)
         mapping.users += 1
         self._offered[grant.weight] = self._by_slot[grant.slot] = lease
@@ -138,6 +148,8 @@ class Ledger:
             mapping.orphaned = True
         self._going.extend(self._mappings.values())
         self._mappings.clear()
+        self._last_segment = -1
+        self._generations.clear()
         return idle
 
     def retire(self, segment_id: int) -> None:

@@ -31,7 +31,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"prompts file {path} is not a JSON list: {error}") from error
         prompts = [_prompt(record, f"{path}, entry {i}") for i, record in enumerate(records, 1)]
     else:
@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[Prompt]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(
                     f"prompts file {path}, line {number}: not JSON: {error}"
                 ) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from common.config import Cache, format_bytes
-from common.errors import MemoryShortageError
+from common.errors import MemoryShortageError, StrategyError
 from common.plan import Capacity, Plan
 from common.store import Store
 from feeder.arena import aligned
@@ -39,8 +39,7 @@ class Request:
         if self.cache.size_bytes is not None:
             asked = min(self.cache.size_bytes, everything)
         else:
-            asked = strategy.arena_bytes(self.plan, self.sizes, count)
-            asked = min(max(asked, *self.sizes), everything)
+            asked = min(max(self._arena_bytes(strategy, count), *self.sizes), everything)
         largest = max(range(total), key=lambda weight: self.sizes[weight])
         need = (
             f"the largest weight, {self.names[largest]}, needs {format_bytes(self.sizes[largest])}"
@@ -61,6 +60,20 @@ class Request:
                 f" {format_bytes(free_bytes)} for slots: cut to that"
             )
         return Capacity(count, asked), None
+
+    def _arena_bytes(self, strategy: Strategy, count: int) -> int:
+        """What the strategy says; it may be a user's own."""
+        try:
+            answer = strategy.arena_bytes(self.plan, self.sizes, count)
+        except Exception as error:
+            raise StrategyError(
+                f"{strategy.name}: arena_bytes raises {error!r}: mend it"
+            ) from error
+        if type(answer) is not int:
+            raise StrategyError(
+                f"{strategy.name}: arena_bytes gives {answer!r}, not a whole number"
+            )
+        return answer
 
 
 def slot_sizes(store: Store, dtype: torch.dtype) -> list[int]:

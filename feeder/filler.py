@@ -70,7 +70,8 @@ class CudaFiller(Filler):
         self._staging = memory.allocate(self._stride * STAGING_TILES)
         self._copy = torch.cuda.Stream(memory.device)
         self._compute = torch.cuda.Stream(memory.device)
-        torch.cuda.set_stream(self._compute)  # entering it for every tile costs more than the launch
+        # For good: to enter it for every tile would cost more than the launch.
+        torch.cuda.set_stream(self._compute)
         self._arrived = [torch.cuda.Event() for _ in range(STAGING_TILES)]
         self._consumed = [torch.cuda.Event() for _ in range(STAGING_TILES)]
         self._next = 0

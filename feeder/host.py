@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import StoreCorruptError
+from common.errors import PeerError, StoreCorruptError
 from common.int4 import BLOCK, code_bytes, scale_count
 from common.log import log
 from common.memory import PIN_CHUNK_BYTES, Memory
@@ -107,7 +107,7 @@ class HostStore:
         _, size_bytes = lay_out(store.weights)
         try:
             shared = SharedMemory.open(str(SHM_DIRECTORY / keep_name), size_bytes, writable=True)
-        except Exception:
+        except (OSError, PeerError):
             return None
         return cls(store, shared, memory.pin(shared.tensor))
 

@@ -147,7 +147,7 @@ class Scheduler:
     def need(self, weight: int) -> None:
         """The engine is blocked on ``weight``. Served before anything else."""
         self.counters.needs += 1
-        if self._needs:  # it waits for one weight at a time: what it waited for before has reached it
+        if self._needs:  # it waits for one weight at a time: the last one has reached it
             self._needs.clear()
             self._wanted_now = None
         slot = self.slots.get(weight)
@@ -210,7 +210,7 @@ class Scheduler:
             self._change_keep(commands)
         self._fill(target, commands)
         if self.attached:
-            self._grant(target, commands)
+            self._grant(self._target(), commands)
         return commands
 
     @property
@@ -277,6 +277,9 @@ class Scheduler:
             self._pass_fills += 1
             self._filling_bytes += slot.size_bytes
             self._filling_count += 1
+            if self._wanted_now is not target:  # the strategy was told what was evicted for it
+                self._fill(self._target(), commands)
+                return
 
     def _make_room(
         self, weight: int, target: dict[int, None], commands: list[Command]

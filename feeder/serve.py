@@ -7,8 +7,6 @@ Idle, or with its engine stopped in a debugger, it sleeps in that poll and uses 
 from __future__ import annotations
 
 import os
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,48 +14,38 @@ import torch
 
 from common import protocol as p
 from common.channel import Poller, Server
-from common.config import Cache, format_bytes
-from common.errors import MemoryShortageError, PeerError, ProtocolError, WeightFeederError
+from common.config import Cache
+from common.errors import PeerError, ProtocolError
 from common.log import log
-from common.memory import Memory, Segment
-from common.plan import Capacity, Plan
-from common.process import Leash, Lock, SignalFlag, Terminated, watch
+from common.memory import Memory
+from common.plan import Plan
+from common.process import Leash, SignalFlag, Terminated, watch
 from common.slots import Slot
 from common.wait import Pending, Wakeup
-from feeder.budget import Request, engine_reserve_bytes, slot_sizes
 from feeder.filler import Filler
 from feeder.host import HostStore
+from feeder.requests import StatusRequests, SwapRequests
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
+from feeder.slot_memory import SlotMemory
+from feeder.status import LinkMeter, status_fields
 from feeder.strategies.base import Strategy
-from feeder.strategies.registry import make_strategy
 from feeder.verify import Verifier
 
-STATUS_PATIENCE_S = 0.3  # how long a status waits for an engine, which may be stopped
 _MALFORMED_SHOWN = 3
 
 
 @dataclass
 class _Engine:
-    """The engine that is served."""
+    """The engine that is served. ``mapped``: it was told of the segment, and has not given it up."""
 
     peer: bytes
     pid: int
     watch_fd: int
-    segments: set[int]  # that it was told of and has not given up
-
-
-@dataclass
-class _Resize:
-    """A change of the arena that waits until every slot is free."""
-
-    peer: bytes
-    strategy: Strategy
-    cache: Cache
-    retiring: bool = False
+    mapped: bool = False
 
 
 class Feeder:
-    """One feeder. ``run`` serves until it is told to stop."""
+    """One feeder. ``run`` serves until it is told to stop; ``close`` gives everything back."""
 
     def __init__(
         self,
@@ -71,45 +59,37 @@ class Feeder:
         strategy: Strategy,
         verify: bool = False,
     ) -> None:
-        self.host, self.memory, self.filler = host, memory, filler
-        self.dtype, self.cache = dtype, cache
-        self._verifier = Verifier(host, dtype) if verify else None
-        self._directory = directory
-        store = host.store
-        self._sizes = slot_sizes(store, dtype)
-        self._plan = Plan(tuple(range(len(store.weights))))
-        capacity = self._capacity(strategy, cache)
-        self._segment_id = 0
-        self._segment: Segment = memory.allocate(capacity.size_bytes)
+        """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes."""
+        self.slots = SlotMemory(host.store, memory, dtype, directory, cache, strategy)
         self.scheduler = Scheduler(
-            self._plan, self._sizes, capacity, strategy,
+            self.slots.plan, self.slots.sizes, self.slots.capacity, strategy,
             first_generation=int.from_bytes(os.urandom(4), "big"), on_fallback=log.error,
             on_evict=self._evicted if verify else None,
         )  # fmt: skip
-        self._wakeup = wakeup
-        self._signal = SignalFlag(wakeup)
+        self._store, self._memory, self._filler = host.store, memory, filler
+        self._verifier = Verifier(host, dtype) if verify else None
+        self._wakeup, self._signal = wakeup, SignalFlag(wakeup)
         self._fills: Pending[int] = Pending()
+        self._meter = LinkMeter()
         self._server = Server(directory / "feeder.sock")
+        self._poller = Poller()
+        self._status = StatusRequests(self._server.send, self._fields)
+        self._swap = SwapRequests(self._server.send, self.scheduler, self.slots)
         self._engine: _Engine | None = None
-        self._resize: _Resize | None = None
-        self._asking: list[tuple[bytes, float]] = []  # who waits for a status, and until when
         self._malformed = 0
         self._stopping = ""
-        self._samples: deque[tuple[float, int]] = deque(maxlen=512)  # (clock, streamed bytes)
 
     # The loop ----------------------------------------------------------------------------------
 
     def run(self, leash: Leash) -> None:
         """Serve until Stop, a signal or the launcher's end. Raises what ended it, if unasked."""
-        poller = Poller()
-        self._poller = poller
-        self._server.register(poller)
-        poller.add(self._wakeup.fd)
+        self._server.register(self._poller)
+        self._poller.add(self._wakeup.fd)
         if leash.fd is not None:
-            poller.add(leash.fd)
+            self._poller.add(leash.fd)
         self._execute()
         while not self._stopping:
-            ready = poller.wait(self._patience())
+            ready = self._poller.wait(self._patience_s())
             self._wakeup.clear()
             if self._signal.received:
                 raise Terminated(self._signal.received)
@@ -122,7 +102,7 @@ class Feeder:
             if self._engine is not None and self._engine.watch_fd in ready:
                 log.info("engine %d has ended; its slots are ready again", self._engine.pid)
                 self._forget_engine()
-            self._answer_overdue()
+            self._status.overdue(everyone=self._engine is None)
             self._execute()
         log.info("stopping: %s", self._stopping)
 
@@ -132,83 +112,83 @@ class Feeder:
             self._send(p.Goodbye(self._stopping or "the feeder ends"))
             self._forget_engine()
         self._server.close()
-        self.filler.close()
-        self._segment.close()
+        self._filler.close()
+        self.slots.close()
 
-    def _patience(self) -> float | None:
-        if len(self._fills) and self.memory.device.type == "cuda":
+    def _patience_s(self) -> float | None:
+        if len(self._fills) and self._memory.device.type == "cuda":
             return 0.0  # nothing wakes a poll when an event fires; see common/wait.py
-        if not self._asking:
-            return None
-        return max(0.0, min(until for _, until in self._asking) - time.monotonic()) + 0.001
+        return self._status.patience_s()
 
     def _execute(self) -> None:
         """Carry out what the scheduler decides now."""
         for command in self.scheduler.step():
             match command:
                 case Fill(slot, weight, offset):
-                    self._fill(slot, weight, offset)
+                    flat = self.slots.data(weight, offset).view(self.slots.dtype)
+                    self._fills.add(self._filler.start(weight, flat), slot)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
                     self._send(p.Revoke(slot, generation))
-        if self._resize is not None and self.scheduler.drained:
-            self._continue_resize(self._resize)
+        mapped = self._engine is not None and self._engine.mapped
+        if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
+            self._export()
+            self._execute()
 
-    def _fill(self, slot: int, weight: int, offset: int) -> None:
-        flat = self._data(weight, offset)
-        self._fills.add(self.filler.start(weight, flat.view(self.dtype)), slot)
+    def _filled(self, slot: int) -> None:
+        self._check(slot, "fill")
+        self.scheduler.filled(slot)
+        self._meter.add(self._filler.streamed_bytes)
 
-    def _data(self, weight: int, offset: int) -> torch.Tensor:
-        size_bytes = self.host.store.weights[weight].elements * self.dtype.itemsize
-        return self._segment.tensor[offset:][:size_bytes]
+    def _grant(self, grant: Grant) -> None:
+        self._send(
+            p.Grant(
+                weight=grant.weight, slot=grant.slot, generation=grant.generation,
+                segment=self.slots.segment_id, offset_bytes=grant.offset_bytes,
+                size_bytes=self.slots.weight_bytes(grant.weight), format="dequantized",
+                standing=grant.standing, checksum=self._check(grant.slot, "grant"),
+            )
+        )  # fmt: skip
 
     def _check(self, slot_id: int, moment: str) -> int:
         """In verify mode: the slot's checksum, which has been compared with what it must be."""
         if self._verifier is None:
             return 0
         slot = self.scheduler.slots.by_id(slot_id)
-        return self._verifier.check(slot, self._data(slot.weight, slot.offset_bytes), moment)
+        data = self.slots.data(slot.weight, slot.offset_bytes)
+        return self._verifier.check(slot, data, moment)
 
     def _evicted(self, slot: Slot) -> None:
         assert self._verifier is not None
-        self._verifier.freed(self._data(slot.weight, slot.offset_bytes))
+        self._verifier.freed(self.slots.data(slot.weight, slot.offset_bytes))
 
-    def _filled(self, slot: int) -> None:
-        self._check(slot, "fill")
-        self.scheduler.filled(slot)
-        self._samples.append((time.monotonic(), self.filler.streamed_bytes))
-
-    def _grant(self, grant: Grant) -> None:
-        entry = self.host.store.weights[grant.weight]
-        self._send(
-            p.Grant(
-                weight=grant.weight, slot=grant.slot, generation=grant.generation,
-                segment=self._segment_id, offset_bytes=grant.offset_bytes,
-                size_bytes=entry.elements * self.dtype.itemsize, format="dequantized",
-                standing=grant.standing, checksum=self._check(grant.slot, "grant"),
-            )
-        )  # fmt: skip
+    def _fields(self) -> p.Fields:
+        return status_fields(self.slots, self.scheduler, self._filler, self._meter) | {
+            "malformed": self._malformed,
+            "engine_pid": self._engine.pid if self._engine else 0,
+        }
 
     # Messages ----------------------------------------------------------------------------------
 
     def _handle(self, peer: bytes, message: p.Message | ProtocolError) -> None:
-        if isinstance(message, ProtocolError):
-            self._malformed += 1
-            if self._malformed <= _MALFORMED_SHOWN:
-                log.warning("refused a message: %s", message)
-            self._server.send(peer, p.Failure("protocol", str(message)))
-            return
         from_engine = self._engine is not None and peer == self._engine.peer
         match message:
+            case ProtocolError():
+                self._malformed += 1
+                if self._malformed <= _MALFORMED_SHOWN:
+                    log.warning("refused a message: %s", message)
+                self._server.send(peer, p.Failure("protocol", str(message)))
             case p.Hello():
-                self._hello(peer, message)
+                if not from_engine:  # else it asked again before it had its answer
+                    self._hello(peer, message)
             case p.StatusRequest() if from_engine:
                 self._server.send(peer, p.Status(self._fields()))
             case p.StatusRequest():
-                self._ask_engine(peer)
+                ask_engine = None if self._engine is None else lambda: self._send(message)
+                self._status.ask(peer, ask_engine)
             case p.Swap():
-                self._swap(peer, message)
+                self._swap.ask(peer, message)
             case p.Stop():
                 self._stopping = "asked to"
                 self._server.send(peer, p.Done("the feeder ends"))
@@ -223,9 +203,10 @@ class Feeder:
                 self._server.send(peer, p.Failure("unknown-peer", text))
 
     def _from_engine(self, message: p.Message) -> None:
+        assert self._engine is not None
         scheduler = self.scheduler
         match message:
-            case p.Need(weight) if weight < len(self._sizes):
+            case p.Need(weight) if weight < len(scheduler.sizes):
                 scheduler.need(weight)
             case p.Release(slots, generations):
                 for slot, generation in zip(slots, generations, strict=True):
@@ -235,15 +216,12 @@ class Feeder:
             case p.Plan(weights) if self._is_plan(weights):
                 scheduler.set_plan(Plan(weights))
             case p.Retired(segment):
-                if self._engine is not None:
-                    self._engine.segments.discard(segment)
+                if segment == self.slots.segment_id:
+                    self._engine.mapped = False
             case p.Status(fields):
-                for peer, _ in self._asking:
-                    engine = {f"engine_{name}": value for name, value in fields.items()}
-                    self._server.send(peer, p.Status(self._fields() | engine))
-                self._asking.clear()
+                self._status.answered(fields)
             case p.Goodbye(reason):
-                log.info("engine %d leaves: %s", self._engine.pid if self._engine else 0, reason)
+                log.info("engine %d leaves: %s", self._engine.pid, reason)
                 self._forget_engine()
             case p.Failure(code, text):
                 log.error("the engine reports %s: %s", code, text)
@@ -253,31 +231,18 @@ class Feeder:
                 self._send(p.Failure("protocol", text))
 
     def _is_plan(self, weights: p.Numbers) -> bool:
-        total = len(self._sizes)
+        total = len(self.scheduler.sizes)
         return 0 < len(weights) == len(set(weights)) and all(w < total for w in weights)
 
+    # The engine --------------------------------------------------------------------------------
+
     def _hello(self, peer: bytes, hello: p.Hello) -> None:
-        store = self.host.store
-        if hello.role != "engine":
-            text = f"role {hello.role!r} found: expected engine (others need no hello)"
-            self._server.send(peer, p.Failure("role", text))
-            return
-        if self._engine is not None:
-            text = (
-                f"this feeder serves the engine with pid {self._engine.pid} already:"
-                " end that one, or start a feeder with another --name"
-            )
-            self._server.send(peer, p.Failure("busy", text))
-            return
-        if hello.fingerprint not in ("", store.fingerprint):
-            text = (
-                f"this feeder has store {store.fingerprint} ({store.path}),"
-                f" the engine works with {hello.fingerprint}"
-            )
-            self._server.send(peer, p.Failure("store", text))
+        refusal = self._refusal(hello)
+        if refusal is not None:
+            self._server.send(peer, refusal)
             return
         try:
-            self._engine = _Engine(peer, hello.pid, watch(hello.pid), set())
+            self._engine = _Engine(peer, hello.pid, watch(hello.pid))
         except PeerError as error:
             self._server.send(peer, p.Failure("pid", str(error)))
             return
@@ -285,21 +250,39 @@ class Feeder:
         log.info("engine %d is here", hello.pid)
         self._send(
             p.Welcome(
-                pid=os.getpid(), store=str(store.path), fingerprint=store.fingerprint,
-                dtype=str(self.dtype).removeprefix("torch."), device=self.memory.identity,
-                strategy=self.scheduler.strategy.name, cache=str(self.cache), verify=self._verifier is not None,
+                pid=os.getpid(), store=str(self._store.path), fingerprint=self._store.fingerprint,
+                dtype=str(self.slots.dtype).removeprefix("torch."), device=self._memory.identity,
+                strategy=self.scheduler.strategy.name, cache=str(self.slots.cache),
+                verify=self._verifier is not None,
             )
         )  # fmt: skip
-        if self._resize is None:
+        if not self._swap.waiting:
             self._export()
         self.scheduler.attach()
 
+    def _refusal(self, hello: p.Hello) -> p.Failure | None:
+        store = self._store
+        if hello.role != "engine":
+            text = f"role {hello.role!r} found: expected engine (others need no hello)"
+            return p.Failure("role", text)
+        if self._engine is not None:
+            text = (
+                f"this feeder serves the engine with pid {self._engine.pid} already:"
+                " end that one, or start a feeder with another --name"
+            )
+            return p.Failure("busy", text)
+        if hello.fingerprint not in ("", store.fingerprint):
+            text = (
+                f"this feeder has store {store.fingerprint} ({store.path}),"
+                f" the engine works with {hello.fingerprint}"
+            )
+            return p.Failure("store", text)
+        return None
+
     def _export(self) -> None:
-        if self._engine is None:
-            return
-        self._engine.segments.add(self._segment_id)
-        segment = self._segment
-        self._send(p.Export(self._segment_id, segment.kind, segment.size_bytes, segment.handle))
+        if self._engine is not None:
+            self._engine.mapped = True
+            self._send(self.slots.export())
 
     def _send(self, message: p.Message) -> None:
         """To the engine. If it cannot be sent, the engine is dying: its pidfd will say so."""
@@ -307,132 +290,8 @@ class Feeder:
             log.debug("not sent: %s", message)
 
     def _forget_engine(self) -> None:
-        if self._engine is None:
-            return
-        self._poller.remove(self._engine.watch_fd)
-        os.close(self._engine.watch_fd)
-        self._engine = None
-        self.scheduler.detach()
-
-    # Requests ----------------------------------------------------------------------------------
-
-    def _swap(self, peer: bytes, swap: p.Swap) -> None:
-        try:
-            if self._resize is not None:
-                raise WeightFeederError("a swap is under way: try again when it is done")
-            now = self.scheduler.strategy
-            cache = Cache.parse(swap.cache) if swap.cache else self.cache
-            strategy = make_strategy(swap.strategy or now.spec or now.name)
-            capacity = self._capacity(strategy, cache, own=self._segment.size_bytes)
-        except WeightFeederError as error:
-            self._server.send(peer, p.Failure("swap", str(error)))
-            return
-        has = self.scheduler.capacity
-        if capacity.count == has.count and capacity.size_bytes <= has.size_bytes and not swap.cache:
-            self.scheduler.set_strategy(strategy)
-            self._swapped(peer)
-            return
-        self._resize = _Resize(peer, strategy, cache)
-        self.scheduler.drain()
-
-    def _continue_resize(self, resize: _Resize) -> None:
-        """Every slot is free: the old segment goes (the engine unmaps it first), a new one comes."""
-        if self._engine is not None and self._segment_id in self._engine.segments:
-            if not resize.retiring:
-                resize.retiring = True
-                self._send(p.Retire(self._segment_id))
-            return
-        self._resize = None
-        former, refused = self.scheduler.capacity, ""
-        self._segment.close()
-        try:
-            capacity = self._capacity(resize.strategy, resize.cache)
-            self._segment = self.memory.allocate(capacity.size_bytes)
-            self.cache = resize.cache
-        except MemoryShortageError as error:
-            capacity, refused = former, f"{error}: the cache stays as it was"
-            self._segment = self.memory.allocate(capacity.size_bytes)
-        self._segment_id += 1
-        self.scheduler.resize(capacity, resize.strategy)
-        self._export()
-        if refused:
-            self._server.send(resize.peer, p.Failure("memory", refused))
-        else:
-            self._swapped(resize.peer)
-        self._execute()
-
-    def _swapped(self, peer: bytes) -> None:
-        capacity = self.scheduler.capacity
-        text = (
-            f"strategy {self.scheduler.strategy.name}, {capacity.count} weights in"
-            f" {format_bytes(capacity.size_bytes)} of slots"
-        )
-        log.info("swapped: %s", text)
-        self._server.send(peer, p.Done(text))
-
-    def _capacity(self, strategy: Strategy, cache: Cache, own: int = 0) -> Capacity:
-        """What the cache comes to on this device now. ``own``: bytes that would be given up for it."""
-        store = self.host.store
-        engine_runs = Lock.holder(self._directory / "engine.lock") is not None
-        reserve = engine_reserve_bytes(store, self.memory.device, engine_runs)
-        request = Request(self._plan, self._sizes, [w.name for w in store.weights], cache)
-        capacity, cut = request.capacity(strategy, self.memory.free_bytes() + own - reserve)
-        if cut and not own:
-            log.warning("%s", cut)
-        return capacity
-
-    def _ask_engine(self, peer: bytes) -> None:
-        if self._engine is None:
-            self._server.send(peer, p.Status(self._fields()))
-            return
-        if not self._asking:
-            self._send(p.StatusRequest())
-        self._asking.append((peer, time.monotonic() + STATUS_PATIENCE_S))
-
-    def _answer_overdue(self) -> None:
-        now = time.monotonic()
-        for peer, until in self._asking:
-            if until <= now or self._engine is None:
-                self._server.send(peer, p.Status(self._fields()))
-        self._asking = [a for a in self._asking if a[1] > now and self._engine is not None]
-
-    def _fields(self) -> p.Fields:
-        scheduler, counters = self.scheduler, self.scheduler.counters
-        states = dict.fromkeys(("filling", "ready", "in_use", "revoked"), 0)
-        for slot in scheduler.slots:
-            states[slot.state.value] += 1
-        return {
-            "pid": os.getpid(),
-            "store": str(self.host.store.path),
-            "fingerprint": self.host.store.fingerprint,
-            "packed_bytes": self.host.store.packed_bytes,
-            "weights": len(self._sizes),
-            "device": self.memory.identity,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "strategy": scheduler.strategy.name,
-            "cache": str(self.cache),
-            "slots": scheduler.capacity.count,
-            "arena_bytes": scheduler.capacity.size_bytes,
-            **{f"slots_{state}": count for state, count in states.items()},
-            "standing": sum(slot.standing for slot in scheduler.slots),
-            "full": scheduler.full,
-            "hit_rate": scheduler.hit_rate,
-            "passes": counters.passes,
-            "fills": counters.fills,
-            "grants": counters.grants,
-            "revokes": counters.revokes,
-            "ignored": counters.ignored,
-            "malformed": self._malformed,
-            "streamed_bytes": self.filler.streamed_bytes,
-            "link_bytes_per_s": self._link_rate(),
-            "peak_bytes": self.memory.peak_bytes(),
-            "engine_pid": self._engine.pid if self._engine else 0,
-        }
-
-    def _link_rate(self) -> float:
-        """Bytes a second over the last second of streaming; 0 if nothing was streamed in it."""
-        since = time.monotonic() - 1.0
-        recent = [sample for sample in self._samples if sample[0] >= since]
-        if len(recent) < 2 or recent[-1][0] == recent[0][0]:
-            return 0.0
-        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+        if self._engine is not None:
+            self._poller.remove(self._engine.watch_fd)
+            os.close(self._engine.watch_fd)
+            self._engine = None
+            self.scheduler.detach()

@@ -122,9 +122,8 @@ class Simulation:
                 self._scheduler.filled(first)
             elif what == "released":
                 self._scheduler.released(first, second)
-            else:
-                if first in self._coming:
-                    self._granted[first] = self._coming.pop(first)
+            elif first in self._coming:
+                self._granted[first] = self._coming.pop(first)
             self._step()
         self._now = max(self._now, until)
 
@@ -208,16 +207,20 @@ def simulate(arguments: argparse.Namespace) -> None:
     if arguments.sweep:
         total = len(names)
         caches = [str(n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n < total] + ["-1"]
-    print(f"{len(names)} weights, {format_bytes(sum(packed))} packed; link"
-          f" {arguments.link:g} GB/s: {1000 * sum(packed) / hardware.link:.1f} ms to stream all")  # fmt: skip
+    print(
+        f"{len(names)} weights, {format_bytes(sum(packed))} packed; link"
+        f" {arguments.link:g} GB/s: {1000 * sum(packed) / hardware.link:.1f} ms to stream all"
+    )
     print("cache     slots      hits   streamed      ms/token   tok/s")
     rows = []
     for cache in caches:
         request = Request(plan, sizes, names, Cache.parse(cache))
         found = predict(request, packed, arguments.strategy, hardware)
         rows.append((cache, found))
-        print(f"{cache:>8} {format_bytes(found.arena_bytes):>8} {100 * found.hits:7.1f} %"
-              f" {format_bytes(found.streamed_bytes):>9} {found.ms:11.1f} {found.tok_per_s:9.2f}")  # fmt: skip
+        print(
+            f"{cache:>8} {format_bytes(found.arena_bytes):>8} {100 * found.hits:7.1f} %"
+            f" {format_bytes(found.streamed_bytes):>9} {found.ms:11.1f} {found.tok_per_s:9.2f}"
+        )
     if arguments.plot:
         _plot(rows, arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import glob
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +52,11 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         dtype = _dtype(arguments.dtype, store, memory)
         host = _host_store(store, memory, arguments)
         stack.callback(host.close)
+        if arguments.keep_store:
+            stack.callback(
+                log.info, "the host store stays in %s for the next feeder %r; to be rid of it, start"
+                " that without --keep-store", SHM_DIRECTORY, arguments.name,
+            )  # fmt: skip
         wakeup = Wakeup()
         stack.callback(wakeup.close)
         filler = filler_for(host, memory, wakeup)
@@ -76,8 +81,11 @@ def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:
 
 def _host_store(store: Store, memory: Memory, arguments: argparse.Namespace) -> HostStore:
     """Adopted from a former feeder if it left one of the same store, else loaded."""
-    key = f"{os.getuid()}-{arguments.name}-{store.fingerprint}-{LAYOUT_VERSION}"
-    name = f"weight-feeder-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    prefix = f"weight-feeder,{os.getuid()},{arguments.name},"  # a --name has no commas
+    name = f"{prefix}{store.fingerprint},{LAYOUT_VERSION}"
+    for left in SHM_DIRECTORY.glob(f"{glob.escape(prefix)}*"):
+        if left.name != name:  # of another store, or half-loaded: ours to remove, with the lock
+            left.unlink(missing_ok=True)
     adopted = HostStore.adopt(store, memory, name)
     if adopted is not None:
         log.info("the host store that a former feeder kept is used again")

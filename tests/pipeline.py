@@ -16,7 +16,7 @@ from typing import Any
 from common import protocol as p
 from common.plan import Capacity, Plan
 from common.slots import HELD, State
-from engine.ledger import Ledger, Lease
+from engine.ledger import Lease, Ledger
 from feeder.arena import aligned
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 from feeder.strategies.base import Strategy
@@ -172,8 +172,9 @@ class Pipeline:
         self.fills: deque[Fill] = deque()
         self.lent: dict[int, Grant] = {}  # by slot: granted, and not released as far as we know
         self.filled: list[int] = []  # every fill, by weight
+        self.foreseen: list[int] = []  # those that were begun for another reason than a need
         self.stale = 0  # messages that must have been ignored
-        self.needs: set[int] = set()
+        self.asked: int | None = None  # the last need
         self.engine: Engine | None = None
         self.dead = False
         self._asynchronous = asynchronous
@@ -327,7 +328,7 @@ class Pipeline:
         message = self.engine.outbox.popleft()
         match message:
             case p.Need(weight):
-                self.needs.add(weight)
+                self.asked = weight
                 self.scheduler.need(weight)
             case p.Release(slots, generations):
                 for slot, generation in zip(slots, generations, strict=True):
@@ -362,6 +363,8 @@ class Pipeline:
                     self.memory.tensor[offset:][:size] = bytes([POISON]) * size
                     self.fills.append(command)
                     self.filled.append(weight)
+                    if weight != self.asked:
+                        self.foreseen.append(weight)
                 case Grant():
                     assert command.slot not in self.lent, "granted twice"
                     self.lent[command.slot] = command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 
 from common.errors import StrategyError
@@ -12,6 +13,7 @@ from feeder.strategies.on_demand import OnDemand
 from feeder.strategies.resident import Resident
 from feeder.strategies.ring import Ring
 
+MAX_NAME = 64
 BUILT_IN: dict[str, type[Strategy]] = {c.name: c for c in (Ring, Resident, OnDemand)}
 
 
@@ -35,7 +37,7 @@ def _make(spec: str) -> Strategy:
 
 
 def _load(path: Path, class_name: str) -> Strategy:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise StrategyError(f"strategy file {path} does not exist: check the path")
     module_spec = importlib.util.spec_from_file_location(f"strategy_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
@@ -43,7 +45,7 @@ def _load(path: Path, class_name: str) -> Strategy:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise StrategyError(f"strategy file {path} fails to import: {error!r}: mend it") from error
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
@@ -51,6 +53,10 @@ def _load(path: Path, class_name: str) -> Strategy:
             f"{path} has no class {class_name} derived from feeder.strategies.base.Strategy"
         )
     try:
-        return found()
-    except Exception as error:
+        strategy = found()
+    except (Exception, SystemExit) as error:
         raise StrategyError(f"{class_name}() of {path} raises {error!r}: mend it") from error
+    name = strategy.name
+    if type(name) is not str or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise StrategyError(f"{class_name}.name of {path} is no text of 1 to {MAX_NAME} characters")
+    return strategy

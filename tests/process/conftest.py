@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from feeder.quantize import quantize_checkpoint
-from tests import processes
-from tests.checkpoints import make_checkpoint
+from tests import lives, processes
+from tests.checkpoints import edit_config, make_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +32,36 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small")
     quantize_checkpoint(make_checkpoint(path / "model"), path / "store", "cpu", progress=False)
     return path / "store"
+
+
+@pytest.fixture(scope="session")
+def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the small one, of a model that goes on for as long as it is asked to."""
+    path = tmp_path_factory.mktemp("long")
+    checkpoint = make_checkpoint(path / "model")
+    edit_config(checkpoint, max_position_embeddings=2 * lives.LONGEST)
+    (checkpoint / "generation_config.json").write_text('{"bos_token_id": 0}')
+    quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
+    return path / "store"
+
+
+@pytest.fixture(scope="session")
+def long_text(long_store: Path) -> list[str]:
+    """The tokens of an undisturbed generation; that of fewer tokens begins in the same way."""
+    with processes.room() as place:
+        place.feeder(*lives.feeder_flags(long_store, cache=-1))
+        ended = place.engine(*lives.engine_flags(lives.LONGEST)).wait()
+    assert ended.code == 0, ended.err
+    tokens = ended.out.split()
+    assert len(tokens) == lives.LONGEST
+    assert len(set(tokens)) > 100  # it is no loop of a few tokens
+    return tokens
+
+
+@pytest.fixture
+def device_as_before() -> Iterator[None]:
+    """At the end as much device memory is free as before. Nothing to see on the CPU."""
+    before = lives.device_free_bytes()
+    yield
+    if before:
+        lives.until_device_free(before)

@@ -232,14 +232,25 @@ def test_resident_reaches_the_optimum(extents: tuple[int, int], seed: int) -> No
         assert pipeline.engine.waits == waits
 
 
-@pytest.mark.parametrize("count", [1, 5, 6, 9, 16, 25, 31])
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 16, 25, 31, 34, 36])
 def test_resident_reaches_the_optimum_with_the_sizes_of_a_model(count: int) -> None:
     sizes = [512 * size for size in model_sizes(5)]
     pipeline = pipeline_of(Resident(), sizes, count, seed=count)
     kept = count - stream_slots(count, len(sizes))
     one_pass(pipeline)
+    one_pass(pipeline)  # what lay in another's way at first has found its place
     assert [one_pass(pipeline) for _ in range(3)] == [len(sizes) - kept] * 3
     assert pipeline.scheduler.hit_rate == pytest.approx(kept / len(sizes))
+
+
+@pytest.mark.parametrize("count", [2, 3, 35])
+def test_where_sizes_hardly_fit_resident_comes_within_one_fill(count: int) -> None:
+    """Of few slots, one may lie in the way of a larger weight, and has to be filled again."""
+    sizes = [512 * size for size in model_sizes(5)]
+    pipeline = pipeline_of(Resident(), sizes, count, seed=count)
+    streamed = len(sizes) - (count - stream_slots(count, len(sizes)))
+    one_pass(pipeline)
+    assert sum(one_pass(pipeline) for _ in range(6)) <= 6 * (streamed + 1)
 
 
 @pytest.mark.parametrize("count", [5, 12])
@@ -294,17 +305,16 @@ def test_where_all_fits_each_weight_is_filled_once(name: str, seed: int, kind: s
 def test_on_demand_fills_nothing_that_nobody_needs(seed: int, kind: str) -> None:
     random = Random(seed)
     sizes = random_sizes(random)
-    count = random.randint(1, len(sizes))
     pipeline = Pipeline(sizes, random_capacity(random, sizes, OnDemand()), OnDemand(), seed)
-    pipeline.attach(order_of(kind, count, random))  # never asks for the others
+    pipeline.attach(order_of(kind, len(sizes), random))
     pipeline.settle()
     assert pipeline.filled == []
-    pipeline.use(40)
-    assert set(pipeline.filled) <= pipeline.needs
+    pipeline.use(60)
+    assert pipeline.foreseen == []
     assert len(pipeline.filled) <= pipeline.scheduler.counters.needs
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.permutations(BUILT_IN, 2))
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(BUILT_IN, 2)))
 def test_a_swap_shows_within_one_pass(before: str, after: str) -> None:
     total, count = 20, 12
     pipeline = pipeline_of(make_strategy(before), [512] * total, count, seed=3)
@@ -315,7 +325,12 @@ def test_a_swap_shows_within_one_pass(before: str, after: str) -> None:
     fresh = pipeline_of(make_strategy(after), [512] * total, count, seed=3)
     one_pass(fresh)
     one_pass(pipeline)
-    assert one_pass(pipeline) == one_pass(fresh) == {"resident": 12}.get(after, 20)
+    if after == "on-demand":
+        pipeline.foreseen.clear()
+        one_pass(pipeline)
+        assert pipeline.foreseen == []
+    else:
+        assert one_pass(pipeline) == one_pass(fresh) == {"ring": 20, "resident": 12}[after]
 
 
 # Strategies that fail --------------------------------------------------------------------------------
@@ -363,7 +378,10 @@ NONSENSE: dict[str, tuple[Callable[[Custom], Any], str]] = {
     "deep": (raising(RecursionError("too deep")), "RecursionError: too deep"),
     "half": (lambda _: (6 // (2 - w) for w in range(3)), "ValueError: wanted 6, which"),
     "half way": (lambda _: (1 // (1 - w) for w in range(3)), "ZeroDivisionError: "),
-    "keep none": (setting("keep", None), "TypeError: keep must be a frozenset of weights, not None"),
+    "keep none": (
+        setting("keep", None),
+        "TypeError: keep must be a frozenset of weights, not None",
+    ),
     "keep list": (setting("keep", [0]), "TypeError: keep must be a frozenset of weights, not list"),
     "keep set": (setting("keep", {0}), "TypeError: keep must be a frozenset of weights, not set"),
     "keep text": (setting("keep", frozenset("0")), "ValueError: keep holds '0', which"),

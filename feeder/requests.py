@@ -1,0 +1,136 @@
+"""What people ask of a running feeder: status, and a swap of strategy and cache. Answers take time.
+
+A status waits a moment for the engine's own figures, since an engine may be stopped in a debugger. A
+swap that needs another segment waits until the engine has given back every slot and unmapped the old
+one; generation goes on as soon as the new one is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import protocol as p
+from common.config import Cache, format_bytes
+from common.errors import UsageError, WeightFeederError
+from common.log import log
+from feeder.scheduler import Scheduler
+from feeder.slot_memory import SlotMemory
+from feeder.strategies.base import Strategy
+from feeder.strategies.registry import make_strategy
+
+STATUS_PATIENCE_S = 0.3
+
+Reply = Callable[[bytes, p.Message], object]
+
+
+class StatusRequests:
+    """Who waits for a status, and until when."""
+
+    def __init__(self, reply: Reply, fields: Callable[[], p.Fields]) -> None:
+        self._reply, self._fields = reply, fields
+        self._asking: list[tuple[bytes, float]] = []
+
+    def ask(self, peer: bytes, ask_engine: Callable[[], object] | None) -> None:
+        """``ask_engine`` sends the engine a StatusRequest; None if there is no engine."""
+        if ask_engine is None:
+            self._reply(peer, p.Status(self._fields()))
+            return
+        if not self._asking:
+            ask_engine()
+        self._asking.append((peer, time.monotonic() + STATUS_PATIENCE_S))
+
+    def answered(self, fields: p.Fields) -> None:
+        """The engine's figures are there."""
+        engine = {f"engine_{name}": value for name, value in fields.items()}
+        for peer, _ in self._asking:
+            self._reply(peer, p.Status(self._fields() | engine))
+        self._asking.clear()
+
+    def overdue(self, everyone: bool) -> None:
+        """Answer without the engine those who have waited long enough, or ``everyone``."""
+        now = time.monotonic()
+        for peer, until in self._asking:
+            if everyone or until <= now:
+                self._reply(peer, p.Status(self._fields()))
+        self._asking = [] if everyone else [a for a in self._asking if a[1] > now]
+
+    def patience_s(self) -> float | None:
+        """How long the loop may sleep on account of these."""
+        if not self._asking:
+            return None
+        return max(0.0, min(until for _, until in self._asking) - time.monotonic()) + 0.001
+
+
+@dataclass
+class _Resize:
+    peer: bytes
+    strategy: Strategy
+    cache: Cache
+    retiring: bool = False
+
+
+class SwapRequests:
+    """At most one swap at a time. ``waiting``: one waits for the slots to come back."""
+
+    def __init__(self, reply: Reply, scheduler: Scheduler, slots: SlotMemory) -> None:
+        self._reply, self._scheduler, self._slots = reply, scheduler, slots
+        self._resize: _Resize | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self._resize is not None
+
+    def ask(self, peer: bytes, swap: p.Swap) -> None:
+        """Carry it out, begin to, or refuse it."""
+        scheduler, slots = self._scheduler, self._slots
+        try:
+            if self._resize is not None:
+                raise UsageError("a swap is under way: try again when it is done")
+            now = scheduler.strategy
+            cache = Cache.parse(swap.cache) if swap.cache else slots.cache
+            strategy = make_strategy(swap.strategy or now.spec or now.name)
+            capacity = slots.fitting(strategy, cache, instead=True)
+        except WeightFeederError as error:
+            self._reply(peer, p.Failure("swap", str(error)))
+            return
+        has = scheduler.capacity
+        fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
+        if fits and not swap.cache:
+            scheduler.set_strategy(strategy)
+            self._done(peer)
+            return
+        self._resize = _Resize(peer, strategy, cache)
+        scheduler.drain()
+
+    def go_on(self, mapped: bool, retire: Callable[[], object]) -> bool:
+        """Called when the loop has done its work: whether there is a new segment to export.
+
+        ``mapped``: an engine still has the old one; ``retire`` tells it to unmap that.
+        """
+        resize, slots = self._resize, self._slots
+        if resize is None or not self._scheduler.drained:
+            return False
+        if mapped:
+            if not resize.retiring:
+                resize.retiring = True
+                retire()
+            return False
+        self._resize = None
+        refused = slots.replace(resize.strategy, resize.cache)
+        self._scheduler.resize(slots.capacity, resize.strategy)
+        if refused:
+            self._reply(resize.peer, p.Failure("memory", refused))
+        else:
+            self._done(resize.peer)
+        return True
+
+    def _done(self, peer: bytes) -> None:
+        capacity = self._scheduler.capacity
+        text = (
+            f"strategy {self._scheduler.strategy.name}, {capacity.count} weights in"
+            f" {format_bytes(capacity.size_bytes)} of slots"
+        )
+        log.info("swapped: %s", text)
+        self._reply(peer, p.Done(text))

@@ -1,0 +1,68 @@
+"""What a feeder says of itself: flat figures by name, for ``status`` and for the engine's summary."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+
+from common import protocol as p
+from common.slots import State
+from feeder.filler import Filler
+from feeder.scheduler import Scheduler
+from feeder.slot_memory import SlotMemory
+
+WINDOW_S = 1.0
+
+
+class LinkMeter:
+    """Bytes a second over the last second."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque(maxlen=4096)  # (clock, bytes so far)
+
+    def add(self, streamed_bytes: int) -> None:
+        self._samples.append((time.monotonic(), streamed_bytes))
+
+    def bytes_per_s(self) -> float:
+        """0 if nothing was streamed."""
+        since = time.monotonic() - WINDOW_S
+        recent = [sample for sample in self._samples if sample[0] >= since]
+        if len(recent) < 2 or recent[-1][0] == recent[0][0]:
+            return 0.0
+        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+
+
+def status_fields(
+    slots: SlotMemory, scheduler: Scheduler, filler: Filler, meter: LinkMeter
+) -> p.Fields:
+    """The figures of now. docs/protocol.md says what each is."""
+    counters, store = scheduler.counters, slots.store
+    states = dict.fromkeys((State.FILLING, State.READY, State.IN_USE, State.REVOKED), 0)
+    for slot in scheduler.slots:
+        states[slot.state] += 1
+    return {
+        "pid": os.getpid(),
+        "store": str(store.path),
+        "fingerprint": store.fingerprint,
+        "packed_bytes": store.packed_bytes,
+        "weights": len(store.weights),
+        "device": slots.memory.identity,
+        "dtype": str(slots.dtype).removeprefix("torch."),
+        "strategy": scheduler.strategy.name,
+        "cache": str(slots.cache),
+        "slots": scheduler.capacity.count,
+        "arena_bytes": scheduler.capacity.size_bytes,
+        **{f"slots_{state.value}": count for state, count in states.items()},
+        "standing": sum(slot.standing for slot in scheduler.slots),
+        "full": scheduler.full,
+        "hit_rate": scheduler.hit_rate,
+        "passes": counters.passes,
+        "fills": counters.fills,
+        "grants": counters.grants,
+        "revokes": counters.revokes,
+        "ignored": counters.ignored,
+        "streamed_bytes": filler.streamed_bytes,
+        "link_bytes_per_s": meter.bytes_per_s(),
+        "peak_bytes": slots.memory.peak_bytes(),
+    }

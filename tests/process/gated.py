@@ -1,0 +1,29 @@
+"""``python -m tests.process.gated GATE MODULE``: a process that was started ahead of its use.
+
+Imports what takes long, waits for the file GATE, a JSON list of flags, and goes on as
+``python -m MODULE FLAGS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+SLOW = {
+    "feeder": ["feeder.__main__", "feeder.start"],
+    "engine": ["engine.__main__", "engine.start", "engine.generate", "engine.model"],
+}
+
+if __name__ == "__main__":
+    gate, module = Path(sys.argv[1]), sys.argv[2]
+    for name in SLOW[module]:
+        importlib.import_module(name)
+    while not gate.exists():
+        time.sleep(0.002)
+    sys.argv[1:] = json.loads(gate.read_text())
+    del sys.modules[f"{module}.__main__"]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
