@@ -16,6 +16,8 @@ from common.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
 #: Messages that may wait for a peer that does not read. Grants are bounded by the slots, which are
 #: far fewer; only a peer that floods requests and reads no answer meets this.
 _HIGH_WATER = 20_000
+#: Messages taken before the loop looks after its other work, so that a flood starves nobody.
+_AT_ONCE = 256
 _MAX_SOCKET_PATH = 107  # sun_path, less its terminating zero
 
 
@@ -53,9 +55,11 @@ class Server:
         self._socket.bind(_endpoint(path))
 
     def receive(self) -> Iterator[tuple[bytes, Message | ProtocolError]]:
-        """Everything that has arrived: (peer, message), or (peer, why it was none). Never blocks."""
+        """What has arrived, some at a time: (peer, message), or (peer, why it was none). Never blocks."""
         # Asked first: an exception for "nothing there" would cost more than most messages.
-        while _readable(self._socket):
+        for _ in range(_AT_ONCE):
+            if not _readable(self._socket):
+                return
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             if len(frames) != 2:
                 error = ProtocolError(f"{len(frames) - 1} frames found: expected one")
@@ -97,9 +101,11 @@ class Client:
         self._socket.connect(_endpoint(path))
 
     def receive(self) -> Iterator[Message | ProtocolError]:
-        """Everything that has arrived. Never blocks."""
+        """What has arrived, some at a time. Never blocks."""
         # Asked first: an exception for "nothing there" would cost more than most messages.
-        while _readable(self._socket):
+        for _ in range(_AT_ONCE):
+            if not _readable(self._socket):
+                return
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             if len(frames) != 1:
                 yield ProtocolError(f"{len(frames)} frames found: expected one")

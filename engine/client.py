@@ -10,10 +10,6 @@ other Python's interpreter lock: docs/decisions/0002-one-thread.md.
 
 from __future__ import annotations
 
-import logging
-import os
-import select
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -22,22 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from common import protocol as p
-from common.channel import Client, Poller
-from common.errors import PeerError, ProtocolError, SlotCorruptError, WeightFeederError
-from common.log import log
+from common.errors import PeerError, SlotCorruptError, WeightFeederError
 from common.memory import Memory
-from common.process import Lock, watch
 from common.verify import slot_checksum
 from common.wait import Pending
+from engine.connection import Connection
 from engine.ledger import Lease, Ledger
 
-HELLO_INTERVAL_S = 0.1
-HELLO_REPEAT_S = 1.0
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
-DYING_S = 5.0  # how long a killed process may take to end
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
-_FORMATS = "dequantized"
-_MALFORMED_SHOWN = 3
 
 
 @dataclass
@@ -47,9 +36,6 @@ class Stats:
     uses: int = 0
     waits: int = 0
     stall_s: float = 0.0
-    lost_feeders: int = 0
-    malformed: int = 0
-    ignored: int = 0
 
 
 class WeightClient:
@@ -58,9 +44,8 @@ class WeightClient:
     def __init__(self, directory: Path, leash_fd: int | None = None, verify: bool = False) -> None:
         """``leash_fd``: readable when the launcher is gone. ``verify``: check every slot's bytes
         when it is taken and before it is returned, which is slow."""
-        self._directory, self._leash_fd, self._verify = directory, leash_fd, verify
+        self._verify = verify
         self.stats = Stats()
-        self.feeder: p.Welcome | None = None  # the one we talk to now
         self._lock = threading.RLock()
         self._ledger = Ledger()
         self._pending: Pending[Lease] = Pending()  # released, their kernels still run
@@ -69,17 +54,12 @@ class WeightClient:
         self._early: list[p.Message] = []  # came before there was a memory to map segments in
         self._order: dict[int, None] | None = {}  # the plan as it is learned; None once it is
         self._plan: p.Plan | None = None
-        self._fingerprint = ""
         self._memory: Memory | None = None
         self._stream: Any = None
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
-        self._said = ""
-        self._refused_pid = 0
-        self._watch_fd = -1
-        self._ready: set[int] = set()  # descriptors that the last poll found readable
+        self._connection = Connection(directory, leash_fd, self._found, self._lost)
         self._closing = threading.Event()
-        self._open()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._keeper.start()
 
@@ -87,10 +67,11 @@ class WeightClient:
 
     def wait_for_feeder(self) -> p.Welcome:
         """Blocks until a feeder has answered."""
+        connection = self._connection
         with self._lock:
-            self._pump_until(lambda: self.feeder is not None)
-            assert self.feeder is not None
-            return self.feeder
+            self._pump_until(lambda: connection.feeder is not None)
+            assert connection.feeder is not None
+            return connection.feeder
 
     def use(self, memory: Memory) -> None:
         """From now on segments are mapped in ``memory``; kernels run on the current stream."""
@@ -104,7 +85,7 @@ class WeightClient:
     def acquire(self, weight: int) -> Lease:
         """The lease of ``weight``; blocks until the feeder has granted it."""
         with self._lock:
-            if self._pending or self._idle:
+            if len(self._pending) or self._idle:
                 self._return_complete()
             lease = self._ledger.take(weight) or self._wait_for(weight)
             self.stats.uses += 1
@@ -126,7 +107,7 @@ class WeightClient:
         """The feeder's own figures; empty if it does not answer in time."""
         with self._lock:
             self._status = None
-            self._send(p.StatusRequest())
+            self._connection.send(p.StatusRequest())
             self._pump_until(lambda: self._status is not None, timeout_s)
             return self._status or {}
 
@@ -141,13 +122,9 @@ class WeightClient:
         self._closing.set()
         self._keeper.join()
         with self._lock:
-            if self.feeder is not None:
-                self._return_complete()
-                self._send(p.Goodbye(reason))
-                # LINGER is 0: give the goodbye a moment to leave. If it does not, our end says it.
-                time.sleep(0.02)
+            self._return_complete()
+            self._connection.close(reason)
             self._ledger.close()
-            self._shut()
 
     def _wait_for(self, weight: int) -> Lease:
         start = time.perf_counter()
@@ -159,7 +136,7 @@ class WeightClient:
                 taken.append(lease)
             return lease is not None
 
-        self._receive()  # it may have been granted long ago, and only be unread
+        self._turn()  # it may have been granted long ago, and only be unread
         if granted():
             return taken[0]
         self._needed = weight
@@ -167,7 +144,7 @@ class WeightClient:
             if self._ledger.returning(weight):  # a need must not overtake the release of its weight
                 self._pump_until(lambda: granted() or not self._ledger.returning(weight))
             if not taken:
-                self._send(p.Need(weight))
+                self._connection.send(p.Need(weight))
                 self._pump_until(granted)
         finally:
             self._needed = None
@@ -193,7 +170,7 @@ class WeightClient:
             return
         self._plan = p.Plan(tuple(self._order))
         self._order = None
-        self._send(self._plan)
+        self._connection.send(self._plan)
 
     def _give_back(self, lease: Lease) -> None:
         """Nothing more will be queued that reads the lease."""
@@ -221,13 +198,12 @@ class WeightClient:
                 return
             if self._failure is not None:
                 raise self._failure
-            if len(self._pending):
+            patience = 0.5
+            if len(self._pending):  # nothing wakes us when a kernel ends
                 patience = 0.0 if waited < SPIN_S else 0.001
-            else:
-                patience = 0.5 if self.feeder else HELLO_INTERVAL_S
             if timeout_s is not None:
                 patience = min(patience, timeout_s - waited)
-            self._ready = self._poller.wait(patience)
+            self._connection.wait(patience)
 
     def _keep(self) -> None:
         """The second thread: a turn now and then, unless the main thread is at it."""
@@ -235,7 +211,7 @@ class WeightClient:
             while not self._closing.wait(KEEPER_INTERVAL_S):
                 if self._lock.acquire(blocking=False):
                     try:
-                        self._ready = self._poller.wait(0)
+                        self._connection.wait(0)
                         self._turn()
                     finally:
                         self._lock.release()
@@ -247,22 +223,14 @@ class WeightClient:
 
     def _turn(self) -> None:
         """Everything that can be done now, without blocking."""
-        ready, self._ready = self._ready, set()
-        if self._leash_fd in ready:
-            self._orphaned()
-        self._receive()
-        if self._watch_fd in ready:
-            self._lost("has ended")
-        if self.feeder is None:
-            self._hello()
+        for message in self._connection.messages():
+            if isinstance(message, p.StatusRequest):
+                self._connection.send(p.Status(self._fields()))
+            elif self._memory is None:
+                self._early.append(message)
+            else:
+                self._obey(message)
         self._return_complete()
-
-    def _receive(self) -> None:
-        channel = self._channel
-        for message in channel.receive():
-            self._handle(message)
-            if channel is not self._channel:
-                return  # that feeder is lost, and its socket closed
 
     def _return_complete(self) -> None:
         """Tell the feeder what the kernels are done with; unmap what nothing reads any more."""
@@ -274,93 +242,36 @@ class WeightClient:
             told = [lease.grant for lease in done if self._ledger.returned(lease)]
             if told:
                 slots = tuple(grant.slot for grant in told)
-                self._send(p.Release(slots, tuple(grant.generation for grant in told)))
+                self._connection.send(p.Release(slots, tuple(grant.generation for grant in told)))
         for segment in self._ledger.unmap_idle():
-            self._send(p.Retired(segment))
+            self._connection.send(p.Retired(segment))
 
-    def _send(self, message: p.Message) -> None:
-        if self.feeder is not None:
-            self._channel.send(message)
+    # What the feeder says ----------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """A socket for the next feeder: a new one, so that nothing meant for the last one reaches it."""
-        self._channel = Client(self._directory / "feeder.sock")
-        self._poller = Poller()
-        self._channel.register(self._poller)
-        if self._leash_fd is not None:
-            self._poller.add(self._leash_fd)
-        self._next_hello = 0.0
-        self._ready = set()
+    def _found(self) -> None:
+        """A feeder is there: tell it what it has to know."""
+        feeder = self._connection.feeder
+        assert feeder is not None
+        self._verify = self._verify or feeder.verify
+        if self._plan is not None:
+            self._connection.send(self._plan)
+        if self._needed is not None:
+            self._connection.send(p.Need(self._needed))
 
-    def _shut(self) -> None:
-        self._channel.close()
-        if self._watch_fd >= 0:
-            os.close(self._watch_fd)
-            self._watch_fd = -1
-
-    def _orphaned(self) -> None:
-        assert self._leash_fd is not None
-        log.error("the launcher is gone")
-        self._poller.remove(self._leash_fd)
-        self._leash_fd = None
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _hello(self) -> None:
-        now = time.monotonic()
-        if now < self._next_hello:
-            return
-        self._next_hello = now + HELLO_INTERVAL_S
-        pid = Lock.holder(self._directory / "feeder.lock")
-        if pid is not None and pid == self._refused_pid:
-            return
-        if self._channel.send(p.Hello("engine", os.getpid(), self._fingerprint, _FORMATS)):
-            self._next_hello = now + HELLO_REPEAT_S
-            return
-        name = self._directory.name
-        if pid is not None:
-            self._say(f"waiting for feeder {name!r}, pid {pid}, to load its store")
-        else:
-            command = f"python -m feeder --name {name} --model STORE --cache 128"
-            self._say(f"waiting for a feeder called {name!r}; start one with: {command}")
-
-    def _say(self, text: str) -> None:
-        """Once; under a launcher, which starts the feeder itself, not at all."""
-        if text != self._said:
-            self._said = text
-            log.log(logging.DEBUG if self._leash_fd is not None else logging.INFO, text)
-
-    # Messages ----------------------------------------------------------------------------------
-
-    def _handle(self, message: p.Message | ProtocolError) -> None:
-        match message:
-            case ProtocolError():
-                self.stats.malformed += 1
-                if self.stats.malformed <= _MALFORMED_SHOWN:
-                    log.warning("refused a message: %s", message)
-                self._channel.send(p.Failure("protocol", str(message)))
-            case p.Welcome() if self.feeder is None:
-                self._welcome(message)
-            case p.Failure(code, text):
-                self._refused(code, text)
-            case p.StatusRequest():
-                self._send(p.Status(self._fields()))
-            case p.Goodbye(reason) if self.feeder is not None:
-                self._lost(f"says goodbye ({reason})")
-            case _ if self.feeder is None:
-                self.stats.ignored += 1
-            case _ if self._memory is None:
-                self._early.append(message)
-            case _:
-                self._obey(message)
+    def _lost(self) -> None:
+        """Drop what the feeder lent. Its memory is unmapped when the last kernel is done with it."""
+        self._early.clear()
+        for lease in self._ledger.lose():
+            self._give_back(lease)
 
     def _obey(self, message: p.Message) -> None:
         assert self._memory is not None
         match message:
             case p.Grant(weight=weight):
                 if not self._ledger.grant(message):
-                    self.stats.ignored += 1
+                    self._connection.ignored += 1
                     what = "names a segment, extent or slot that cannot be"
-                    self._send(p.Failure("grant", f"grant of weight {weight} {what}"))
+                    self._connection.send(p.Failure("grant", f"grant of weight {weight} {what}"))
             case p.Revoke(slot, generation):
                 wanted = () if self._needed is None else (self._needed,)
                 lease = self._ledger.recall(slot, generation, wanted)
@@ -373,61 +284,17 @@ class WeightClient:
             case p.Status(fields):
                 self._status = fields
             case _:
-                self.stats.ignored += 1
+                self._connection.ignored += 1
 
     def _map(self, memory: Memory, export: p.Export) -> None:
         memory.bind_thread()
         try:
             segment = memory.open(export.kind, export.handle, export.size_bytes)
         except PeerError:
-            # A feeder that is being killed gives up its memory before its end can be seen.
-            if select.select([self._watch_fd], [], [], DYING_S)[0]:
+            if self._connection.dying():
                 return
             raise
         self._ledger.add(export.segment, segment)
-
-    def _welcome(self, welcome: p.Welcome) -> None:
-        if self._fingerprint not in ("", welcome.fingerprint):
-            self._channel.send(p.Goodbye("another store"))
-            text = f"it has store {welcome.fingerprint}, this engine works with {self._fingerprint}"
-            self._refused("store", text)
-            return
-        try:
-            self._watch_fd = watch(welcome.pid)
-        except PeerError:
-            return  # gone already; the next one is waited for
-        self._poller.add(self._watch_fd)
-        if self._fingerprint:
-            log.info("feeder %d takes over; going on", welcome.pid)
-        self._fingerprint = welcome.fingerprint
-        self.feeder = welcome
-        self._verify = self._verify or welcome.verify
-        if self._plan is not None:
-            self._send(self._plan)
-        if self._needed is not None:
-            self._send(p.Need(self._needed))
-
-    def _refused(self, code: str, text: str) -> None:
-        if code == "busy":
-            raise PeerError(text)
-        if code == "store":
-            self._refused_pid = Lock.holder(self._directory / "feeder.lock") or 0
-            log.error("refused feeder %d: %s; waiting for another", self._refused_pid, text)
-            return
-        log.warning("the feeder reports %s: %s", code, text)
-
-    def _lost(self, how: str) -> None:
-        """Drop what this feeder lent. Its memory is unmapped when the last kernel is done with it."""
-        assert self.feeder is not None
-        log.warning("feeder %d %s; waiting for another", self.feeder.pid, how)
-        self._said = ""
-        self.stats.lost_feeders += 1
-        self.feeder = None
-        self._early.clear()
-        for lease in self._ledger.lose():
-            self._give_back(lease)
-        self._shut()
-        self._open()
 
     def _fields(self) -> p.Fields:
         stats = self.stats
@@ -435,6 +302,6 @@ class WeightClient:
             "uses": stats.uses,
             "waits": stats.waits,
             "stall_s": stats.stall_s,
-            "lost_feeders": stats.lost_feeders,
+            "lost_feeders": self._connection.lost_feeders,
             "peak_bytes": self.peak_bytes(),
         }
