@@ -14,7 +14,7 @@ from common.arguments import Parser
 from common.channel import Client, Poller
 from common.config import Cache, format_bytes
 from common.errors import EXIT_INTERRUPTED, EXIT_OK, PeerError, WeightFeederError
-from common.process import Lock, run_directory
+from common.process import Lock, remove_run_directory, run_directory
 
 PATIENCE_S = 5.0
 SWAP_PATIENCE_S = 120.0  # a new arena waits for the weights that are in use
@@ -25,6 +25,7 @@ def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Mess
     directory = run_directory(name)
     pid = Lock.holder(directory / "feeder.lock")
     if pid is None:
+        remove_run_directory(directory)
         raise PeerError(
             f"no feeder {name!r} is running: start one with python -m feeder --model STORE"
         )

@@ -23,6 +23,11 @@ DEMO_TEXT = r"""001.10+002.30
 0003.40
 \boxed{3.4}
 """
+SUMMARY_LINE = re.compile(
+    r"engine: \d+ tokens in [\d.]+ s: [\d.]+ tok/s, TTFT [\d.]+ s; streamed [\d.]+ kB"
+    r" at [\d.]+ GB/s, stalled \d+ %; peak device memory [\d.]+ kB"
+    r" \(engine 0 B, feeder [\d.]+ kB\)"
+)
 RECORD_FIELDS = ["input", "expected_output", "output", "tokens", "seconds", "ttft_s", "found"]
 
 
@@ -117,19 +122,6 @@ def test_json_lines_raw_and_a_warm_start(room: Room, demo_store: Path, tmp_path:
     assert summary["stall_share"] < 0.5
 
 
-def test_without_json_the_summary_is_a_line_for_people(room: Room, demo_store: Path) -> None:
-    flags = ["--cache=7", "--prompt=2.5+2.5=?", "--greedy", "--attention=eager"]
-    ended = room.launch(f"--model={demo_store}", *flags).wait()
-    assert ended.code == 0
-    assert ended.out.endswith("\\boxed{5}\n")
-    pattern = (
-        r"engine: \d+ tokens in [\d.]+ s: [\d.]+ tok/s, TTFT [\d.]+ s; streamed [\d.]+ MB"
-        r" at [\d.]+ GB/s, stalled \d+ %; peak device memory [\d.]+ MB"
-        r" \(engine 0 B, feeder [\d.]+ MB\)"
-    )
-    assert sum(re.fullmatch(pattern, line) is not None for line in ended.err.splitlines()) == 1
-
-
 def test_names_and_seeds(room: Room, small_store: Path, tmp_path: Path) -> None:
     """Two pairs run at once under two names; the same seed gives the same text in any of them."""
     source = tmp_path / "prompts.jsonl"
@@ -168,6 +160,7 @@ def test_one_name_is_for_one_feeder(room: Room, small_store: Path) -> None:
 def test_one_at_a_time(room: Room, small_store: Path, one: str) -> None:
     """The launcher starts one process and prints the command of the other, which then works."""
     flags = [f"--model={small_store}", "--prompt=1 2 3", "--max-new-tokens=3", "--name=by-hand"]
+    flags += ["--cache=3", "--greedy", "--attention=eager"]
     launcher = room.launch(f"--{one}-only", *flags)
     announcement = f"launch: the {'engine' if one == 'feeder' else 'feeder'}'s command: "
     launcher.until_said(announcement)
@@ -183,15 +176,19 @@ def test_one_at_a_time(room: Room, small_store: Path, one: str) -> None:
         launcher.ctrl_c()
         assert_refused(launcher.wait(), "ended by SIGINT", code=130)
     assert len(ended.out.split()) == 3
+    lines = [line for line in ended.err.splitlines() if SUMMARY_LINE.fullmatch(line)]
+    assert len(lines) == 1, ended.err
 
 
 def test_a_store_is_made_once_for_each_state_of_a_checkpoint(room: Room, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     made = room.cache / "weight-feeder"
+    room.environment["HOME"] = str(tmp_path)
+    model = "--model=~/checkpoint"  # no shell would expand that
 
     def serve(*flags: str) -> bool:
         """Whether a feeder of the checkpoint had to quantize it first."""
-        launcher = room.launch("--feeder-only", f"--model={checkpoint}", *flags)
+        launcher = room.launch("--feeder-only", model, *flags)
         launcher.until_said("feeder: serving")
         return quantized(launcher.stop())
 
@@ -211,7 +208,7 @@ def test_a_store_is_made_once_for_each_state_of_a_checkpoint(room: Room, tmp_pat
     assert not serve(f"--store={elsewhere}")
     assert len(stores()) == 2
     edit_config(checkpoint, rms_norm_eps=1e-4)
-    ended = room.launch("--feeder-only", f"--model={checkpoint}", f"--store={elsewhere}").wait()
+    ended = room.launch("--feeder-only", model, f"--store={elsewhere}").wait()
     assert_refused(ended, f"store {elsewhere} was not made from checkpoint {checkpoint}", code=2)
 
 
@@ -223,12 +220,3 @@ def test_two_that_want_the_same_store_make_it_once(room: Room, tmp_path: Path) -
     for launcher in both:
         launcher.until_said("feeder: serving")
     assert [quantized(launcher.stop()) for launcher in both].count(True) == 1
-
-
-def test_a_home_directory_is_understood(room: Room, tmp_path: Path) -> None:
-    """What a shell would not expand: --model=~/model."""
-    make_checkpoint(tmp_path / "model")
-    room.environment["HOME"] = str(tmp_path)
-    launcher = room.launch("--feeder-only", "--model=~/model")
-    launcher.until_said("feeder: serving model-")
-    launcher.stop()

@@ -1,0 +1,213 @@
+"""However a run ends, and whenever: both processes stop, the first cause is the last line, the exit
+code says that something went wrong, and nothing stays behind (which each test's room checks)."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.store import Store
+from tests.checkpoints import make_hollow_checkpoint
+from tests.processes import ROOT, SHARED, Ended, Process, Room, assert_refused, until
+from tests.stores import write_store
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+def send(launcher: Process, name: str) -> None:
+    """The signal as a user sends it: Ctrl-C reaches the process group, the others one process."""
+    if name == "SIGINT":
+        launcher.ctrl_c()
+    else:
+        launcher.signal(signal.Signals[name])
+
+
+def assert_ended_by(ended: Ended, name: str) -> None:
+    assert_refused(ended, f"error: ended by {name}", code=SIGNALS[name])
+
+
+@pytest.fixture
+def endless(demo_store: Path, tmp_path: Path) -> list[str]:
+    """Flags of a run that would take minutes, and writes a line each second or so."""
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"input": "1.1+2.3=?"}\n' * 1000)
+    return [f"--model={demo_store}", f"--prompts={source}", "--cache=20"]
+
+
+def until_generating(launcher: Process) -> None:
+    launcher.until(lambda: launcher.out.count("\n") > 0, "answers the first prompt")
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that takes a moment to quantize and to load: 200 million weights, all of them 0."""
+    path = tmp_path_factory.mktemp("large") / "checkpoint"
+    return make_hollow_checkpoint(path, dtype="BF16", intermediate_size=65536)
+
+
+# While it generates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_while_it_generates(room: Room, endless: list[str], name: str) -> None:
+    launcher = room.launch(*endless)
+    until_generating(launcher)
+    send(launcher, name)
+    ended = launcher.wait()
+    assert_ended_by(ended, name)
+    for line in ended.out.splitlines():
+        json.loads(line)  # none is cut
+
+
+@pytest.mark.parametrize("child", ["feeder", "engine"])
+def test_a_child_is_killed_while_it_generates(room: Room, endless: list[str], child: str) -> None:
+    launcher = room.launch(*endless)
+    until_generating(launcher)
+    os.kill(launcher.child(child), signal.SIGKILL)
+    assert_refused(launcher.wait(), f"error: the {child} was killed by SIGKILL", code=1)
+
+
+@pytest.mark.parametrize("child", ["feeder", "engine"])
+def test_a_child_is_ended_while_it_generates(room: Room, endless: list[str], child: str) -> None:
+    """SIGTERM to a child alone: it ends in order, which is still not what the launcher waits for."""
+    launcher = room.launch(*endless)
+    until_generating(launcher)
+    os.kill(launcher.child(child), signal.SIGTERM)
+    assert_refused(launcher.wait(), f"error: the {child} ended with exit code 143", code=143)
+
+
+def test_the_launcher_is_killed_while_it_generates(room: Room, endless: list[str]) -> None:
+    launcher = room.launch(*endless)
+    until_generating(launcher)
+    launcher.signal(signal.SIGKILL)
+    assert launcher.wait().code == -signal.SIGKILL
+    room.settle()
+    assert launcher.err.count("the launcher is gone") == 2, launcher.err
+    assert "Traceback" not in launcher.err
+
+
+def test_a_stopped_child_does_not_hold_up_the_end(room: Room, endless: list[str]) -> None:
+    launcher = room.launch(*endless)
+    until_generating(launcher)
+    os.kill(launcher.child("engine"), signal.SIGSTOP)
+    launcher.ctrl_c()
+    assert_ended_by(launcher.wait(), "SIGINT")
+
+
+def test_nobody_reads_the_text_any_more(room: Room, endless: list[str]) -> None:
+    """As `launch.py | head -1`: it ends, without a traceback."""
+    read_end, write_end = os.pipe()
+    with open(room.path / "err", "wb") as err:
+        launcher = subprocess.Popen(
+            [sys.executable, "launch.py", *endless],
+            cwd=ROOT, env=room.environment, stdin=subprocess.DEVNULL, stdout=write_end, stderr=err,
+        )  # fmt: skip
+    os.close(write_end)
+    os.read(read_end, 1)
+    os.close(read_end)
+    assert launcher.wait(60) > 0
+    assert "Traceback" not in (room.path / "err").read_text()
+
+
+# Earlier ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_at_once(room: Room, endless: list[str], name: str) -> None:
+    launcher = room.launch(*endless)
+    launcher.child("engine")
+    send(launcher, name)
+    assert_ended_by(launcher.wait(), name)
+
+
+@pytest.mark.parametrize("child", ["feeder", "engine"])
+def test_a_child_is_killed_at_once(room: Room, endless: list[str], child: str) -> None:
+    launcher = room.launch(*endless)
+    os.kill(launcher.child(child), signal.SIGKILL)
+    assert_refused(launcher.wait(), f"error: the {child} was killed by SIGKILL", code=1)
+
+
+def test_the_launcher_is_killed_at_once(room: Room, endless: list[str]) -> None:
+    launcher = room.launch(*endless)
+    launcher.child("feeder")
+    launcher.signal(signal.SIGKILL)
+    launcher.wait()
+    room.settle()
+
+
+def test_an_engine_that_waits_for_a_feeder_is_interrupted(room: Room) -> None:
+    engine = room.engine("--prompt=x", "--name=lonely")
+    engine.until_said("waiting for a feeder called 'lonely'")
+    engine.ctrl_c()
+    ended = engine.wait()
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_the_end_of_the_launcher_while_it_quantizes(
+    room: Room, large_checkpoint: Path, name: str
+) -> None:
+    stores = room.cache / "weight-feeder"
+    launcher = room.launch(f"--model={large_checkpoint}", "--feeder-only")
+    launcher.until(lambda: [*stores.glob(".*.partial-*/*.safetensors")], "writes the store")
+    send(launcher, name)
+    ended = launcher.wait()
+    if name != "SIGKILL":
+        assert_ended_by(ended, name)
+    room.settle()
+    assert not [path for path in stores.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_ctrl_c_while_another_makes_the_same_store(
+    room: Room, large_checkpoint: Path
+) -> None:
+    """The launcher that waits for another one's quantizer is still there for its user."""
+    store = room.path / "store"
+    with open(room.path / ".store.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the other launcher holds it
+        launcher = room.launch(f"--model={large_checkpoint}", f"--store={store}", "--feeder-only")
+        lock = f"{room.path / '.store.lock'}"
+        opened = Path(f"/proc/{launcher.pid}/fd")
+        launcher.until(lambda: any(_points_to(fd, lock) for fd in opened.iterdir()), "waits")
+        launcher.ctrl_c()
+        assert_ended_by(launcher.wait(), "SIGINT")
+
+
+def _points_to(link: Path, target: str) -> bool:
+    try:
+        return os.readlink(link) == target
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep-store"]])
+def test_a_feeder_is_ended_while_it_loads(
+    room: Room, large_checkpoint: Path, tmp_path: Path, keep: list[str]
+) -> None:
+    """Also with --keep-store: what is kept is a whole store or none."""
+    store = write_large_store(large_checkpoint)
+    socket = room.directory() / "feeder.sock"
+    for _ in range(10):  # caught in the act, however fast it is
+        feeder = room.start("-m", "feeder", f"--model={store}", "--cache=1", *keep)
+        feeder.until(lambda: (room.directory() / "feeder.lock").exists(), "begins")
+        feeder.signal(signal.SIGSTOP)
+        loading = not socket.exists()
+        feeder.signal(signal.SIGTERM)
+        feeder.signal(signal.SIGCONT)
+        assert feeder.wait().code == 143
+        for path in SHARED.glob("weight-feeder-*"):
+            assert not loading, path
+            path.unlink()
+        if loading:
+            return
+    pytest.fail("the feeder was never caught while it loaded")
