@@ -15,13 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
-from common.checkpoint_fingerprint import checkpoint_fingerprint
-from common.config import Cache
-from common.errors import EXIT_OK, UsageError, WeightFeederError
-from common.process import clear_run_directory, run_directory
-from common.store import Store
-from common.supervise import Child, Supervisor
+try:
+    from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
+    from common.checkpoint_fingerprint import checkpoint_fingerprint
+    from common.config import Cache
+    from common.errors import EXIT_OK, UsageError, WeightFeederError
+    from common.process import clear_run_directory, run_directory
+    from common.store import Store
+    from common.supervise import Child, Supervisor
+except ModuleNotFoundError as missing:
+    print(
+        f"error: the package {missing.name} is not installed for {sys.executable}:"
+        " run python -m pip install -e . in this directory",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 ROOT = Path(__file__).resolve().parent
 DEMO_MODEL = ROOT / "demo" / "model"

@@ -18,6 +18,7 @@ from common.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
 _HIGH_WATER = 20_000
 #: Messages taken before the loop looks after its other work, so that a flood starves nobody.
 _AT_ONCE = 256
+_FAREWELL_MS = 100  # for a server's last words to leave, if somebody reads them
 _MAX_SOCKET_PATH = 107  # sun_path, less its terminating zero
 
 
@@ -82,7 +83,7 @@ class Server:
         poller.add(self._socket)
 
     def close(self) -> None:
-        self._socket.close()
+        self._socket.close(linger=_FAREWELL_MS)
         self._context.term()
         self._path.unlink(missing_ok=True)
 

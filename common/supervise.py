@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -102,7 +103,9 @@ class Supervisor:
                 return
             for key, _ in ready:
                 child = key.data
-                if child is None:
+                if child is None:  # a signal that is not for us
+                    with suppress(BlockingIOError):
+                        os.read(self._alarm, 512)
                     continue
                 if key.fileobj is child.leash:
                     self._listen(child)

@@ -144,9 +144,9 @@ class Ledger:
         leases = [lease for lease in self._by_slot.values() if not lease.returning]
         self._by_slot.clear()
         idle = [lease for lease in map(self._recall, leases) if lease is not None]
-        for mapping in self._mappings.values():
-            mapping.orphaned = True
         self._going.extend(self._mappings.values())
+        for mapping in self._going:  # those that it retired before, too: the next one knows nothing
+            mapping.orphaned = True
         self._mappings.clear()
         self._last_segment = -1
         self._generations.clear()

@@ -10,15 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common.store import Store
+from feeder.quantize import quantize_checkpoint
 from tests.checkpoints import make_hollow_checkpoint
-from tests.processes import ROOT, SHARED, Ended, Process, Room, assert_refused, until
-from tests.stores import write_store
+from tests.processes import (
+    ROOT,
+    SHARED,
+    Ended,
+    Process,
+    Room,
+    assert_refused,
+    lock_holder,
+    shared_entries,
+    until,
+)
 
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
@@ -52,6 +60,13 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that takes a moment to quantize and to load: 200 million weights, all of them 0."""
     path = tmp_path_factory.mktemp("large") / "checkpoint"
     return make_hollow_checkpoint(path, dtype="BF16", intermediate_size=65536)
+
+
+@pytest.fixture(scope="module")
+def large_store(large_checkpoint: Path) -> Path:
+    store = large_checkpoint.with_name("store")
+    quantize_checkpoint(large_checkpoint, store, "cpu", progress=False)
+    return store
 
 
 # While it generates -----------------------------------------------------------------------------
@@ -168,9 +183,7 @@ def test_the_end_of_the_launcher_while_it_quantizes(
     assert not [path for path in stores.iterdir() if not path.name.endswith(".lock")]
 
 
-def test_ctrl_c_while_another_makes_the_same_store(
-    room: Room, large_checkpoint: Path
-) -> None:
+def test_ctrl_c_while_another_makes_the_same_store(room: Room, large_checkpoint: Path) -> None:
     """The launcher that waits for another one's quantizer is still there for its user."""
     store = room.path / "store"
     with open(room.path / ".store.lock", "w") as file:
@@ -191,23 +204,110 @@ def _points_to(link: Path, target: str) -> bool:
 
 
 @pytest.mark.parametrize("keep", [[], ["--keep-store"]])
-def test_a_feeder_is_ended_while_it_loads(
-    room: Room, large_checkpoint: Path, tmp_path: Path, keep: list[str]
-) -> None:
+def test_a_feeder_is_ended_while_it_loads(room: Room, large_store: Path, keep: list[str]) -> None:
     """Also with --keep-store: what is kept is a whole store or none."""
-    store = write_large_store(large_checkpoint)
-    socket = room.directory() / "feeder.sock"
-    for _ in range(10):  # caught in the act, however fast it is
-        feeder = room.start("-m", "feeder", f"--model={store}", "--cache=1", *keep)
-        feeder.until(lambda: (room.directory() / "feeder.lock").exists(), "begins")
+    before = shared_entries()
+    for _ in range(10):  # until it is caught in the act
+        feeder = room.start("-m", "feeder", f"--model={large_store}", "--cache=1", *keep)
+        feeder.until((room.directory() / "feeder.lock").exists, "begins")
         feeder.signal(signal.SIGSTOP)
-        loading = not socket.exists()
+        loading = not (room.directory() / "feeder.sock").exists()
         feeder.signal(signal.SIGTERM)
         feeder.signal(signal.SIGCONT)
         assert feeder.wait().code == 143
-        for path in SHARED.glob("weight-feeder-*"):
-            assert not loading, path
-            path.unlink()
+        kept = shared_entries() - before
+        assert not (loading and kept)
+        for name in kept:
+            (SHARED / name).unlink()
         if loading:
             return
     pytest.fail("the feeder was never caught while it loaded")
+
+
+@pytest.mark.parametrize("child", ["feeder", "engine"])
+def test_the_end_of_the_launcher_reaches_a_child_that_loads(
+    room: Room, large_store: Path, child: str
+) -> None:
+    launcher = room.launch(f"--model={large_store}", f"--{child}-only", "--cache=1")
+    pid = launcher.child(child)
+    until(lambda: lock_holder(room, child) == pid, lambda: "it never began")
+    launcher.signal(signal.SIGKILL)
+    launcher.wait()
+    room.settle()
+
+
+def test_a_signal_reaches_a_poll_that_another_thread_received_it_for(room: Room) -> None:
+    """A handler runs in the main thread, and only when that is not in a poll: it must be woken."""
+    script = """
+import signal, threading
+from common.channel import Poller
+from common.process import SignalFlag
+from common.wait import Wakeup
+
+wakeup, poller, enough = Wakeup(), Poller(), threading.Event()
+flag = SignalFlag(wakeup)
+poller.add(wakeup.fd)
+
+def annoy():
+    while not enough.wait(0.002):
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=annoy, daemon=True).start()
+for _ in range(50):
+    flag.received = 0
+    while not flag.received:
+        poller.wait(None)
+        wakeup.clear()
+enough.set()
+print("woken")
+"""
+    ended = room.start("-c", script).wait()
+    assert (ended.code, ended.out) == (0, "woken\n"), ended.err
+
+
+# By itself --------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the last tensor, where no header is."""
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGES = {
+    "a weight": ("feeder", "weights-00001-of-00001.safetensors", flip_a_bit, "the checksum of"),
+    "a resident": ("engine", "residents-00001-of-00001.safetensors", flip_a_bit, "the checksum of"),
+    "a cut file": ("feeder", "weights-00001-of-00001.safetensors", cut, "expected"),
+    "a missing file": ("feeder", "residents-00001-of-00001.safetensors", Path.unlink, "expected"),
+    "the index": ("feeder", "store.json", cut, "not valid JSON"),
+    "the tokenizer": ("engine", "tokenizer.json", cut, "the tokenizer in"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_store(room: Room, demo_store: Path, what: str) -> None:
+    who, file, damage, message = DAMAGES[what]
+    store = room.path / "store"
+    shutil.copytree(demo_store, store)
+    damage(store / file)
+    ended = room.launch(f"--model={store}").wait()
+    assert_refused(ended, f"error: {who}: ", code=1)
+    assert message in ended.last_line
+    assert str(store) in ended.last_line
+    assert ended.out == ""
+
+
+def test_a_prompt_that_fails_after_others(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
+    source.write_text(json.dumps([{"input": "1+2=?"}, {"input": "1+" * 400}, {"input": "1+3=?"}]))
+    flags = [f"--model={demo_store}", f"--prompts={source}", f"--output={output}"]
+    ended = room.launch(*flags).wait()
+    assert_refused(ended, "engine: the prompt has 8", code=2)
+    assert "tokens, the model's context 512" in ended.last_line
+    answers = output.read_text().splitlines()
+    assert [json.loads(line)["input"] for line in answers] == ["1+2=?"]
