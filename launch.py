@@ -20,7 +20,7 @@ try:
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.config import Cache
     from common.errors import EXIT_OK, UsageError, WeightFeederError
-    from common.process import clear_run_directory, run_directory
+    from common.process import clear_run_directory, run_path
     from common.store import Store
     from common.supervise import Child, Supervisor
 except ModuleNotFoundError as missing:
@@ -150,7 +150,7 @@ def _same_model(model: Path, store: Path) -> None:
 @contextmanager
 def _run_directory(name: str) -> Iterator[None]:
     """Nothing stays in it, also when a child is killed. UsageError if ``name`` is not usable."""
-    directory = run_directory(name)
+    directory = run_path(name)  # its users make it
     try:
         yield
     finally:

@@ -26,8 +26,8 @@ from common.wait import Wakeup
 LEASH_VARIABLE = "WEIGHT_FEEDER_LEASH"
 
 
-def run_directory(name: str) -> Path:
-    """The private directory of all processes called ``name``; made, mode 0700, if it is not there."""
+def run_path(name: str) -> Path:
+    """Where the run directory of ``name`` is or would be. UsageError if no such name can be."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise UsageError(
             f"name {name!r} is not usable: give up to 64 letters, digits, dots, dashes, underscores"
@@ -37,7 +37,13 @@ def run_directory(name: str) -> Path:
         base = Path(runtime) / "weight-feeder"
     else:
         base = Path(tempfile.gettempdir()) / f"weight-feeder-{os.getuid()}"
-    for directory in (base, base / name):
+    return base / name
+
+
+def run_directory(name: str) -> Path:
+    """The private directory of all processes called ``name``; made, mode 0700, if it is not there."""
+    path = run_path(name)
+    for directory in (path.parent, path):
         with suppress(FileExistsError):
             directory.mkdir(mode=0o700)
         found = directory.lstat()
@@ -46,7 +52,7 @@ def run_directory(name: str) -> Path:
                 f"run directory {directory} is not private to this user: expected a directory of"
                 " mode 0700 that you own; remove it, or set XDG_RUNTIME_DIR"
             )
-    return base / name
+    return path
 
 
 def remove_run_directory(directory: Path) -> None:

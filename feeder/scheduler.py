@@ -97,8 +97,7 @@ class Scheduler:
         self._draining = False
         self._needs: dict[int, None] = {}  # an ordered set
         self._position = 0
-        self._unused: set[int] = set()  # filled, and not used since: their next use is no hit
-        self._pass_misses = 0
+        self._misses = self._misses_ahead = 0  # fills for this pass, and for the next
         self._filling_bytes = self._filling_count = 0
         self._wanted_now: dict[int, None] | None = None  # the target, until something changes it
         self._kept: frozenset[int] = frozenset()  # what the strategy keeps, checked
@@ -170,7 +169,6 @@ class Scheduler:
         self.slots.apply(slot, Event.RELEASE)
         self.counters.releases += 1
         if not given_back_unused:
-            self._count_use(slot.weight)
             self._move_to(self.plan.after(slot.weight))
             self._tell(Strategy.released, slot.weight)
 
@@ -276,7 +274,7 @@ class Scheduler:
             slot = self.slots.fill(weight, offset, self.sizes[weight])
             commands.append(Fill(slot.id, weight, offset))
             self.counters.fills += 1
-            self._unused.add(weight)
+            self._count_miss(weight)
             self._filling_bytes += slot.size_bytes
             self._filling_count += 1
             if self._wanted_now is not target:  # the strategy was told what was evicted for it
@@ -338,7 +336,6 @@ class Scheduler:
             self._on_evict(slot)
         self.arena.free(slot.offset_bytes)
         self.slots.apply(slot, Event.EVICT)
-        self._unused.discard(weight)
         self._tell(Strategy.freed, weight)
 
     def _revoke(self, slot: Slot) -> Revoke:
@@ -362,8 +359,6 @@ class Scheduler:
                 continue
             self.slots.grant(slot, standing=weight in self._keep)
             self._needs.pop(weight, None)
-            if slot.standing:  # its uses are not reported
-                self._count_use(weight)
             self.counters.grants += 1
             grant = Grant(slot.id, slot.generation, weight, slot.offset_bytes, slot.standing)
             commands.append(grant)
@@ -383,16 +378,18 @@ class Scheduler:
         # More than half a pass backwards is the next pass, not a late release.
         if self._position - position > len(self.plan) // 2:
             self.counters.passes += 1
-            self.counters.hit_rate = max(0.0, 1 - self._pass_misses / len(self.plan))
-            self._pass_misses = 0
+            self.counters.hit_rate = max(0.0, 1 - self._misses / len(self.plan))
+            self._misses, self._misses_ahead = self._misses_ahead, 0
         if position != self._position:
             self._position = position
             self._wanted_now = None
 
-    def _count_use(self, weight: int) -> None:
-        if weight in self._unused:
-            self._unused.remove(weight)
-            self._pass_misses += 1
+    def _count_miss(self, weight: int) -> None:
+        here = self.plan.position(weight)
+        if here is not None and here < self._position:
+            self._misses_ahead += 1
+        else:
+            self._misses += 1
 
     def _tell(self, method: Callable[[Strategy, int], None], weight: int) -> None:
         name = method.__name__
