@@ -5,6 +5,7 @@ ZeroMQ over a Unix socket in a private directory. A socket belongs to the thread
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from common.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
 
 #: Messages that may wait for a peer that does not read. Grants are bounded by the slots, which are
 #: far fewer; only a peer that floods requests and reads no answer meets this.
-_HIGH_WATER = 20_000
+_HIGH_WATER = 4_000
+#: Messages that may wait for us: beyond that a peer that floods has to wait, and no memory is taken.
+_BACKLOG = 1_000
 #: Messages taken before the loop looks after its other work, so that a flood starves nobody.
 _AT_ONCE = 256
-_FAREWELL_MS = 100  # for a server's last words to leave, if somebody reads them
+#: From a server's last words to its end: a client drops what it has not read when it is disconnected.
+_FAREWELL_S = 0.1
 _MAX_SOCKET_PATH = 107  # sun_path, less its terminating zero
 
 
@@ -27,7 +31,7 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
     socket.setsockopt(zmq.LINGER, 0)  # else closing with unsent messages waits for ever
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # a peer that exceeds it is disconnected
     socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
-    socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+    socket.setsockopt(zmq.RCVHWM, _BACKLOG)
     return socket
 
 
@@ -83,7 +87,8 @@ class Server:
         poller.add(self._socket)
 
     def close(self) -> None:
-        self._socket.close(linger=_FAREWELL_MS)
+        time.sleep(_FAREWELL_S)
+        self._socket.close()
         self._context.term()
         self._path.unlink(missing_ok=True)
 

@@ -20,6 +20,10 @@ PATIENCE_S = 5.0
 SWAP_PATIENCE_S = 120.0  # a new arena waits for the weights that are in use
 
 
+class FeederEnded(PeerError):
+    """The feeder was there, and ended before it answered."""
+
+
 def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Message:
     """The answer of feeder ``name``. PeerError if it is not there, is silent, or refuses."""
     directory = run_directory(name)
@@ -35,6 +39,8 @@ def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Mess
         deadline = time.monotonic() + patience_s
         sent = False
         while time.monotonic() < deadline:
+            # Asked before its messages are read: its last words may be on their way.
+            ended = Lock.holder(directory / "feeder.lock") is None
             sent = sent or client.send(request)
             poller.wait(0.02 if not sent else 0.2)
             for message in client.receive():
@@ -42,8 +48,8 @@ def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Mess
                     raise PeerError(message.text)
                 if isinstance(message, p.Status | p.Done):
                     return message
-            if Lock.holder(directory / "feeder.lock") is None:
-                raise PeerError(f"feeder {name!r}, pid {pid}, ended before it answered")
+            if ended:
+                raise FeederEnded(f"feeder {name!r}, pid {pid}, ended before it answered")
     finally:
         client.close()
     raise PeerError(f"feeder {name!r}, pid {pid}, does not answer: it is loading, or stopped")
@@ -94,7 +100,10 @@ def _swap(arguments: argparse.Namespace) -> None:
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    ask(arguments.name, p.Stop())
+    try:
+        ask(arguments.name, p.Stop())
+    except FeederEnded:
+        return  # that was the answer
     lock = run_directory(arguments.name) / "feeder.lock"
     deadline = time.monotonic() + SWAP_PATIENCE_S
     while Lock.holder(lock) is not None:

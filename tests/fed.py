@@ -40,7 +40,14 @@ class Engine:
 def engine(room: Room, store: Path, *flags: object, module: str = "feeder") -> Iterator[Engine]:
     """Start a feeder of ``store`` with ``flags`` and connect to it."""
     feeder = room.feeder("--model", store, *flags, module=module)
-    client = WeightClient(room.directory())
+    with connected(room, feeder) as engine:
+        yield engine
+
+
+@contextmanager
+def connected(room: Room, feeder: Process, name: str = "default") -> Iterator[Engine]:
+    """Connect to a feeder that is there."""
+    client = WeightClient(room.directory(name))
     try:
         welcome = client.wait_for_feeder()
         memory = memory_for(welcome.device)
@@ -62,12 +69,12 @@ def engine(room: Room, store: Path, *flags: object, module: str = "feeder") -> I
 def model(
     room: Room, store: Path, *flags: object, attention: str = "auto"
 ) -> Iterator[tuple[Qwen2ForCausalLM, Engine]]:
-    """The model as an engine builds it."""
-    with engine(room, store, *flags) as connected:
-        yield (
-            build_model(
-                connected.store, connected.client, connected.memory.device, connected.dtype,
-                attention,
-            ),
-            connected,
-        )  # fmt: skip
+    """The model as an engine builds it, with a feeder of its own."""
+    with engine(room, store, *flags) as it:
+        yield build(it, attention), it
+
+
+def build(engine: Engine, attention: str = "auto") -> Qwen2ForCausalLM:
+    """The model whose Linears an engine's client feeds."""
+    device = engine.memory.device
+    return build_model(engine.store, engine.client, device, engine.dtype, attention)

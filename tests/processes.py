@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,16 @@ class Room:
 
     def feeder(self, *flags: object, name: str = "default", module: str = "feeder") -> Process:
         """Start ``python -m MODULE`` and wait until engines can reach it."""
-        process = self.start("-m", module, f"--name={name}", *flags)
-        process.until((self.directory(name) / "feeder.sock").exists, "listens")
-        return process
+        return self.feeders({name: flags}, module)[name]
+
+    def feeders(
+        self, flags: Mapping[str, Sequence[object]], module: str = "feeder"
+    ) -> dict[str, Process]:
+        """Several at once, by name, which takes less time than one after the other."""
+        started = {n: self.start("-m", module, f"--name={n}", *flags[n]) for n in flags}
+        for name, process in started.items():
+            process.until((self.directory(name) / "feeder.sock").exists, "listens")
+        return started
 
     def processes(self) -> list[int]:
         """The pids of all living processes of this room, whoever started them."""
@@ -152,7 +159,10 @@ class Room:
     def leftovers(self) -> list[str]:
         """Everything that this room's processes have left, now."""
         found = [f"process {pid}: {_read(f'/proc/{pid}/cmdline')!r}" for pid in self.processes()]
-        found += [str(path) for path in sorted(self.runtime.rglob("*"))]
+        for directory, _, names in os.walk(self.runtime):  # which others may be clearing
+            if Path(directory) != self.runtime:
+                found.append(directory)
+            found += [f"{directory}/{name}" for name in names]
         found += [str(SHARED / name) for name in sorted(shared_entries() - self._shared_before)]
         return found
 
@@ -162,9 +172,11 @@ class Room:
 
     def close(self) -> None:
         """Stop what still runs, then check that nothing is left."""
-        for process in self._started:
-            if process.popen.poll() is None:
-                process.stop()
+        running = [process for process in self._started if process.popen.poll() is None]
+        for process in running:
+            process.popen.terminate()
+        for process in running:
+            process.wait()
         self.settle()
 
     def clear(self) -> None:

@@ -18,7 +18,7 @@ from engine.text import codec_for
 from feeder.quantize import quantize_checkpoint
 from tests import fed
 from tests.checkpoints import make_checkpoint
-from tests.processes import Room
+from tests.processes import Process, Room
 from tests.reference import all_logits, reference_model
 
 # None of these hidden sizes is a multiple of 128, so blocks of 128 run across rows.
@@ -50,26 +50,34 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return made
 
 
-def assert_same_logits(model: Qwen2ForCausalLM, reference: Qwen2ForCausalLM) -> None:
-    for found, expected in zip(all_logits(model), all_logits(reference), strict=True):
-        assert found.dtype == expected.dtype
-        assert expected.isfinite().all() and expected.std() > 0.01
-        assert torch.equal(found, expected), (found - expected).abs().max()
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], what: str) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert theirs.isfinite().all() and theirs.std() > 0.01
+        assert torch.equal(ours, theirs), f"{what}: off by {(ours - theirs).abs().max()}"
 
 
-@pytest.mark.parametrize("cache", CACHES)
+def feeders(room: Room, store: Path, *flags: str) -> dict[str, Process]:
+    """One feeder for each cache."""
+    all_flags = {cache: [f"--model={store}", f"--cache={cache}", *flags] for cache in CACHES}
+    return room.feeders({f"cache{cache}": all_flags[cache] for cache in CACHES})
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_float32_are_those_of_the_plain_model(
-    room: Room, models: dict[str, Model], name: str, cache: str
+    room: Room, models: dict[str, Model], name: str
 ) -> None:
-    with fed.model(room, models[name].store, f"--cache={cache}") as (model, engine):
-        linears = sum(isinstance(module, FedLinear) for module in model.modules())
-        assert linears == len(engine.store.weights)
-        assert_same_logits(model, models[name].reference)
-        passes = 5  # of `all_logits`
-        assert engine.client.stats.uses == passes * linears
-        if cache in ("1", "2"):  # nothing can have stayed: each use was a fill of its own
-            assert engine.client.ask_status()["fills"] >= passes * linears
+    expected = all_logits(models[name].reference)
+    for feeder_name, feeder in feeders(room, models[name].store).items():
+        with fed.connected(room, feeder, feeder_name) as engine:
+            model = fed.build(engine)
+            linears = sum(isinstance(module, FedLinear) for module in model.modules())
+            assert linears == len(engine.store.weights)
+            assert_same(all_logits(model), expected, feeder_name)
+            passes = 5  # of `all_logits`
+            assert engine.client.stats.uses == passes * linears
+            if feeder_name in ("cache1", "cache2"):  # nothing can have stayed
+                assert engine.client.ask_status()["fills"] >= passes * linears
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_logits_in_other_dtypes(
     reference = reference_model(chosen.checkpoint, getattr(torch, dtype), attention=attention)
     flags = ["--cache=2", f"--dtype={dtype}"]
     with fed.model(room, chosen.store, *flags, attention=attention) as (model, _):
-        assert_same_logits(model, reference)
+        assert_same(all_logits(model), all_logits(reference), dtype)
 
 
 # What a user asks for, and the same in the words of transformers' own generate.
@@ -117,21 +125,22 @@ def sampled_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(checkpoint, path / "store", reference_model(checkpoint, torch.float32))
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_text_is_that_of_the_plain_model(room: Room, sampled_model: Model, cache: str) -> None:
+def test_text_is_that_of_the_plain_model(room: Room, sampled_model: Model) -> None:
     prompt = [5, 17, 300, 2]
-    texts = set()
-    with fed.model(room, sampled_model.store, f"--cache={cache}") as (model, engine):
-        codec = codec_for(engine.store)
-        own_config = model.generation_config
-        for name, (sampling, words) in SAMPLINGS.items():
-            model.generation_config = copy.deepcopy(own_config)  # a generator makes it its own
-            limited = replace(sampling, max_new_tokens=24)
-            generator = Generator(model, codec, limited, raw=True)
-            answer = generator.answer(" ".join(map(str, prompt)), lambda _: None)
-            set_seed(sampling.seed or 0)
-            ids = torch.tensor([prompt])
-            expected = sampled_model.reference.generate(ids, max_new_tokens=24, **words)
-            assert answer.ids == expected[0, len(prompt) :].tolist(), name
-            texts.add(answer.text)
-    assert len(texts) == len(SAMPLINGS) - 1  # two of them are the same
+    expected = {}
+    for name, (sampling, words) in SAMPLINGS.items():
+        set_seed(sampling.seed or 0)
+        ids = torch.tensor([prompt])
+        output = sampled_model.reference.generate(ids, max_new_tokens=24, **words)
+        expected[name] = output[0, len(prompt) :].tolist()
+    assert len({*map(tuple, expected.values())}) == len(SAMPLINGS) - 1  # two are the same
+    for feeder_name, feeder in feeders(room, sampled_model.store).items():
+        with fed.connected(room, feeder, feeder_name) as engine:
+            model, codec = fed.build(engine), codec_for(engine.store)
+            own_config = model.generation_config
+            for name, (sampling, _) in SAMPLINGS.items():
+                model.generation_config = copy.deepcopy(own_config)  # a generator makes it its own
+                limited = replace(sampling, max_new_tokens=24)
+                generator = Generator(model, codec, limited, raw=True)
+                answer = generator.answer(" ".join(map(str, prompt)), lambda _: None)
+                assert answer.ids == expected[name], (feeder_name, name)

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import chain, repeat
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ TOTAL = len(stores.LINEAR)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory):
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stores.write_store(tmp_path_factory.mktemp("store") / "store")
 
 
-def orders(seed: int) -> Iterator[int]:
+def orders() -> Iterator[int]:
     """A few passes forward (the plan is learned in the first), then whatever was not foreseen."""
-    generator = random.Random(seed)
+    generator = random.Random(5)
     forward = list(range(TOTAL))
     shuffled = generator.sample(forward, TOTAL)
     yield from chain(forward, forward, reversed(forward), reversed(forward))
@@ -35,41 +36,46 @@ def orders(seed: int) -> Iterator[int]:
     yield from chain(repeat(3, 4), forward[::2], [0, TOTAL - 1] * 5, forward)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cache", [1, 2, 7, -1])
-def test_any_order_gets_the_right_weights(room: Room, store, cache: int, dtype: str) -> None:
-    with fed.engine(room, store, f"--cache={cache}", f"--dtype={dtype}") as engine:
-        served = 0
-        for weight in chain(reversed(range(TOTAL)), orders(cache)):  # it learns the reverse
-            lease = engine.client.acquire(weight)
-            assert engine.holds(lease, weight), weight
-            engine.client.release(lease)
-            served += 1
-        assert served == engine.client.stats.uses > 10 * TOTAL
+def test_any_order_gets_the_right_weights(room: Room, store: Path) -> None:
+    flags = {
+        "one": ["--cache=1"],
+        "two": ["--cache=2", "--dtype=bfloat16"],
+        "seven": ["--cache=7", "--dtype=float16"],
+        "all": ["--cache=-1"],
+    }
+    feeders = room.feeders({name: [f"--model={store}", *flags[name]] for name in flags})
+    for name, feeder in feeders.items():
+        with fed.connected(room, feeder, name) as engine:
+            served = 0
+            for weight in chain(reversed(range(TOTAL)), orders()):  # it learns the reverse
+                lease = engine.client.acquire(weight)
+                assert engine.holds(lease, weight), (name, weight)
+                engine.client.release(lease)
+                served += 1
+            assert served == engine.client.stats.uses > 10 * TOTAL
 
 
-@pytest.mark.parametrize("strategy", ["ring", "resident", "on-demand"])
 @pytest.mark.parametrize("cache", [1, 2, 7])
-def test_poison_finds_nothing(room: Room, store, cache: int, strategy: str) -> None:
+def test_poison_finds_nothing(room: Room, store: Path, cache: int) -> None:
     """Each lease is held for a random time, while the slots for what comes next are filled."""
     generator = random.Random(cache)
-    flags = [f"--cache={cache}", f"--strategy={strategy}"]
-    module = "tests.process.poison_feeder"
-    with fed.engine(room, store, *flags, module=module) as engine:
-        for weight in orders(cache):
-            lease = engine.client.acquire(weight)
-            assert engine.holds(lease, weight), f"{weight} was not there when it was granted"
-            if generator.random() < 0.7:
-                time.sleep(generator.random() * 0.006)
-            assert engine.holds(lease, weight), f"{weight} changed while it was held"
-            engine.client.release(lease)
-        filled = int(engine.client.ask_status()["fills"])
-    ended = engine.feeder.stop()
-    found = re.search(r"poisoned (\d+) evicted slots", ended.err)
-    assert found is not None and int(found[1]) >= filled - cache > 2 * TOTAL
+    common = [f"--model={store}", f"--cache={cache}"]
+    flags = {name: [*common, f"--strategy={name}"] for name in ("ring", "resident", "on-demand")}
+    for name, feeder in room.feeders(flags, "tests.process.poison_feeder").items():
+        with fed.connected(room, feeder, name) as engine:
+            for weight in orders():
+                lease = engine.client.acquire(weight)
+                assert engine.holds(lease, weight), f"{name}: {weight} was not there when granted"
+                if generator.random() < 0.5:
+                    time.sleep(generator.random() * 0.006)
+                assert engine.holds(lease, weight), f"{name}: {weight} changed while it was held"
+                engine.client.release(lease)
+            filled = int(engine.client.ask_status()["fills"])
+        found = re.search(r"poisoned (\d+) evicted slots", feeder.stop().err)
+        assert found is not None and int(found[1]) >= filled - cache > 2 * TOTAL
 
 
-def test_the_poison_is_seen(room: Room, store) -> None:
+def test_the_poison_is_seen(room: Room, store: Path) -> None:
     """The test above can fail: what the poisoned feeder evicts is NaN, under an engine's eyes."""
     module = "tests.process.poison_feeder"
     with fed.engine(room, store, "--cache=1", module=module) as engine:

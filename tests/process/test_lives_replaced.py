@@ -1,0 +1,193 @@
+"""Either process is killed, stopped or replaced in the middle of a token; the text stays the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from common.store import Store
+from feeder.quantize import quantize_checkpoint
+from tests import lives
+from tests.checkpoints import make_checkpoint
+from tests.processes import Process, Room, shared_entries, until
+
+pytestmark = pytest.mark.usefixtures("device_as_before")
+
+FEEDER_KILLS = lives.count(4, 50)
+ENGINE_KILLS = lives.count(3, 50)
+CACHES = ["1", "2", "5", "9", "-1", "300KB"]
+
+
+def kill(process: Process) -> None:
+    process.signal(signal.SIGKILL)
+    assert process.popen.wait() == -signal.SIGKILL
+
+
+def seconds_until_said(process: Process, text: str, times: int) -> float:
+    """How long it takes until a process has written ``text`` so many times."""
+    start = time.monotonic()
+    process.until(lambda: process.err.count(text) >= times, f"says {text!r} {times} times")
+    return time.monotonic() - start
+
+
+def test_feeders_killed_at_random_moments(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    generator = random.Random(11)
+    tokens = lives.count(500, lives.LONGEST)
+    feeders = lives.Ahead(room, "feeder", FEEDER_KILLS + 1)
+
+    def next_feeder() -> Process:
+        cache, strategy = generator.choice(CACHES), generator.choice(lives.STRATEGIES)
+        feeder = feeders.begin(*lives.feeder_flags(long_store, cache, strategy))
+        lives.wait_until_serving(room, feeder)
+        return feeder
+
+    feeder = next_feeder()
+    engine = room.engine(*lives.engine_flags(tokens))
+    lives.until_generating(engine)
+    noticed = []
+    for number in range(1, FEEDER_KILLS + 1):
+        lives.pause(generator.random() * 0.25)
+        assert engine.popen.poll() is None, f"the generation is too short for kill {number}"
+        said = f"feeder {feeder.pid} has ended; waiting for another"
+        kill(feeder)
+        noticed.append(seconds_until_said(engine, said, 1))
+        feeder = next_feeder()
+        if generator.random() < 0.8:  # else it may be killed before the engine has met it
+            engine.until_said(f"feeder {feeder.pid} takes over; going on")
+        else:
+            engine.until(
+                lambda: engine.popen.poll() is not None
+                or f"feeder {feeder.pid} takes over" in engine.err,  # noqa: B023
+                "meets the feeder",
+            )
+    ended = engine.wait()
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == long_text[:tokens]
+    # Within a second, and usually: what a busy machine adds is not the engine's.
+    assert sorted(noticed)[len(noticed) // 2] < 1.0, noticed
+    fields = lives.status(room)
+    assert fields["engine_pid"] == 0 and lives.held(fields) == 0
+
+
+def test_feeders_killed_as_they_start(room: Room, long_store: Path, long_text: list[str]) -> None:
+    """Each is killed as soon as the engine can have met it: before, while or after it is welcomed."""
+    generator = random.Random(12)
+    kills = lives.count(3, 20)
+    feeders = lives.Ahead(room, "feeder", kills + 1)
+    engine = room.engine(*lives.engine_flags(200))
+    engine.until_said("waiting for a feeder called 'default'")
+    for _ in range(kills):
+        feeder = feeders.begin(*lives.feeder_flags(long_store, 3))
+        socket = room.directory() / "feeder.sock"
+        socket.unlink(missing_ok=True)  # its killed predecessor's, which would be taken for its own
+        feeder.until(socket.exists, "listens")
+        lives.pause(generator.random() * 0.01)
+        kill(feeder)
+        assert engine.popen.poll() is None, engine.err
+    room.feeder(*lives.feeder_flags(long_store, 3))
+    ended = engine.wait()
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == long_text[:200]
+
+
+def test_a_polite_successor_and_one_with_another_store(
+    room: Room, long_store: Path, long_text: list[str], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", seed=9)
+    quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
+    ours, others = (Store.open(path).fingerprint for path in (long_store, tmp_path / "store"))
+    assert ours != others
+    feeder = room.feeder(*lives.feeder_flags(long_store))
+    engine = room.engine(*lives.engine_flags(300))
+    lives.until_generating(engine)
+    lives.stop(room, feeder)
+    engine.until_said(f"feeder {feeder.pid} says goodbye (asked to); waiting for another")
+    wrong = room.feeder(*lives.feeder_flags(tmp_path / "store"))
+    refusal = f"refused feeder {wrong.pid}: "
+    engine.until_said(refusal)
+    line = next(line for line in engine.err.splitlines() if refusal in line)
+    assert ours in line and others in line and "waiting for another" in line
+    lives.pause(1.5)  # it does not ask the same one again and again
+    assert engine.err.count(refusal) == 1
+    assert lives.status(room)["engine_pid"] == 0
+    lives.stop(room, wrong)
+    right = room.feeder(*lives.feeder_flags(long_store, 2, "resident"))
+    engine.until_said(f"feeder {right.pid} takes over; going on")
+    ended = engine.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+
+
+def test_engines_killed_at_random_moments(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    generator = random.Random(13)
+    feeder = room.feeder(*lives.feeder_flags(long_store, 5, "resident"))
+    engines = lives.Ahead(room, "engine", ENGINE_KILLS + 1)
+    for number in range(1, ENGINE_KILLS + 1):
+        engine = engines.begin(*lives.engine_flags(lives.LONGEST))
+        lives.until_generating(engine)
+        lives.pause(generator.random() * 0.2)
+        kill(engine)
+        assert engine.popen.returncode == -signal.SIGKILL
+        said = f"engine {engine.pid} has ended; its slots are ready again"
+        feeder.until_said(said)
+        fields = lives.status(room)
+        assert fields["engine_pid"] == 0 and fields["passes"] > 0
+        assert lives.held(fields) == 0, number
+        assert long_text[: len(engine.out.split()) - 1] == engine.out.split()[:-1]
+    survivor = engines.begin(*lives.engine_flags(300))
+    ended = survivor.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+    # It was there all the time, loaded once, and what stays was filled once for all engines.
+    assert feeder.err.count("serving") == 1
+    assert feeder.err.count("is here") == ENGINE_KILLS + 1
+    lives.stop(room, feeder)
+
+
+def test_a_feeder_stopped_while_it_is_asked(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    """The engine repeats its hello to a feeder that does not answer, and is answered once."""
+    feeder = room.feeder(*lives.feeder_flags(long_store))
+    feeder.signal(signal.SIGSTOP)
+    engine = room.start("-m", "engine", *lives.engine_flags(50), "--verbose")
+    until(lambda: (room.directory() / "engine.lock").exists(), lambda: "the engine does not start")
+    lives.pause(6 if lives.DEVICE == "cpu" else 12)  # transformers, and then some hellos
+    feeder.signal(signal.SIGCONT)
+    ended = engine.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:50], ended.err
+    assert feeder.err.count("is here") == 1
+
+
+def test_the_host_store_survives_its_feeder(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    before = shared_entries()
+    kept = room.feeder(*lives.feeder_flags(long_store), "--keep-store")
+    assert "used again" not in kept.err
+    (entry,) = shared_entries() - before
+    inode = os.stat(f"/dev/shm/{entry}").st_ino
+    engine = room.engine(*lives.engine_flags(300))
+    lives.until_generating(engine)
+    kill(kept)
+    engine.until_said("waiting for another")
+    assert shared_entries() - before == {entry}
+    second = room.feeder(*lives.feeder_flags(long_store, 2), "--keep-store")
+    second.until_said("the host store that a former feeder kept is used again")
+    assert os.stat(f"/dev/shm/{entry}").st_ino == inode
+    engine.until_said(f"feeder {second.pid} takes over")
+    lives.stop(room, second)
+    assert shared_entries() - before == {entry}
+    last = room.feeder(*lives.feeder_flags(long_store, 3))
+    last.until_said("the host store that a former feeder kept is used again")
+    ended = engine.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+    lives.stop(room, last)
+    assert shared_entries() == before
