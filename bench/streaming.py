@@ -38,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     link = 0.0
     if torch.cuda.is_available():
         memory = CudaMemory(torch.device("cuda", torch.cuda.current_device()))
-        link = max(link_bytes_per_s(memory, mb * MB, 4 << 30) for mb in (16, 36, 64))
+        link = max(link_bytes_per_s(memory, mb * MB) for mb in (16, 32, 64))
     runs = []
     for strategy in arguments.strategies.split(","):
         for cache in arguments.caches.split(","):

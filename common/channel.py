@@ -12,6 +12,7 @@ from pathlib import Path
 import zmq
 
 from common.errors import ConfigError, ProtocolError
+from common.log import log
 from common.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
 
 #: Messages that may wait for a peer that does not read. Grants are bounded by the slots, which are
@@ -80,6 +81,9 @@ class Server:
         try:
             self._socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
+            return False
+        except ProtocolError as error:  # what a peer or a user gave us does not fit a message
+            log.warning("not sent: %s", error)
             return False
         return True
 

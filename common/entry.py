@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, InternalError, WeightFeederError
 from common.log import setup
-from common.process import Leash, Terminated
+from common.process import Leash, Terminated, TerminatedNow
 
 
 def run_process(name: str, verbose: bool, work: Callable[[Leash], None]) -> int:
@@ -19,7 +19,7 @@ def run_process(name: str, verbose: bool, work: Callable[[Leash], None]) -> int:
     try:
         work(leash)
         return EXIT_OK
-    except Terminated as ended:
+    except (Terminated, TerminatedNow) as ended:
         return ended.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -104,7 +104,7 @@ class CpuMemory(Memory):
     identity = "cpu"
 
     def __init__(self) -> None:
-        self._allocated = self._peak = 0
+        self._peak = 0
 
     def allocate(self, size_bytes: int) -> Segment:
         segment = _CpuSegment(SharedMemory.create(size_bytes, "slots"))

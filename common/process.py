@@ -25,6 +25,9 @@ from common.wait import Wakeup
 #: Names the descriptor that a launcher hands to the processes it starts.
 LEASH_VARIABLE = "WEIGHT_FEEDER_LEASH"
 
+#: Held by an engine that has its model, and with it most of the device memory that it will take.
+MODEL_LOCK = "model.lock"
+
 
 def run_path(name: str) -> Path:
     """Where the run directory of ``name`` is or would be. UsageError if no such name can be."""
@@ -66,7 +69,7 @@ def remove_run_directory(directory: Path) -> None:
 
 def clear_run_directory(directory: Path) -> None:
     """Remove what killed processes left in it. What belongs to a living one stays."""
-    for role in ("feeder", "engine"):
+    for role in ("feeder", "engine", "model"):
         path = directory / f"{role}.lock"
         if not path.exists():
             continue
@@ -80,6 +83,17 @@ def clear_run_directory(directory: Path) -> None:
     remove_run_directory(directory)
 
 
+def _is_ending(pid: int | None) -> bool:
+    """Whether the process has been killed and still gives back what it had: gigabytes take a while."""
+    try:
+        os.readlink(f"/proc/{pid}/exe")
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class Lock:
     """Held by the one feeder (or engine) of a name for as long as it lives: the kernel drops it with
     the process. The file tells others the pid.
@@ -91,19 +105,21 @@ class Lock:
 
     def acquire(self) -> None:
         """UsageError, naming the holder's pid, if another process holds it."""
-        patience = time.monotonic() + 0.3
+        start = time.monotonic()
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
-                if time.monotonic() < patience:  # someone may only be looking, see ``holder``
+                holder, waited = self.holder(self._path), time.monotonic() - start
+                # Someone may only be looking, see ``holder``; and a killed one needs time to end.
+                if waited < 0.3 or (waited < 10 and _is_ending(holder)):
                     time.sleep(0.02)
                     continue
                 raise UsageError(
-                    f"{self._what} {self._path.parent.name!r} runs already,"
-                    f" pid {self.holder(self._path) or '?'}: end that one, or choose another --name"
+                    f"{self._what} {self._path.parent.name!r} runs already, pid {holder or '?'}:"
+                    " end that one, or choose another --name"
                 ) from None
             try:  # its former holder may have removed the file between our open and our lock
                 if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
@@ -169,11 +185,20 @@ class SignalFlag:
         self.received = number
 
 
+class TerminatedNow(KeyboardInterrupt):
+    """SIGTERM, raised amid whatever the main thread does. Like Ctrl-C it is no Exception: a library
+    that tries something, as transformers does while it is imported, would else swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
 def raise_on_termination() -> None:
-    """For a main thread that computes: SIGTERM raises Terminated where it is."""
+    """For a main thread that computes: SIGTERM raises TerminatedNow where it is."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
+        raise TerminatedNow(number)
 
     signal.signal(signal.SIGTERM, terminate)
 

@@ -61,8 +61,15 @@ class SharedMemory:
     def open(cls, path: str, size_bytes: int, writable: bool = False) -> SharedMemory:
         """Map what another process made. OSError if it cannot be opened, PeerError if it differs."""
         flags = os.O_RDWR if writable else os.O_RDONLY
+        # A peer's memfd is reached through a link in /proc; a name in /dev/shm must not be one.
+        flags |= os.O_NOFOLLOW if path.startswith(f"{SHM_DIRECTORY}/") else 0
         fd = os.open(path, flags | os.O_CLOEXEC)
         found = os.fstat(fd)
+        if found.st_uid != os.getuid():
+            os.close(fd)
+            raise PeerError(
+                f"shared memory {path} belongs to user {found.st_uid}, expected our own"
+            )
         if found.st_size != size_bytes:
             os.close(fd)
             raise PeerError(

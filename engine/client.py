@@ -46,6 +46,7 @@ class WeightClient:
         when it is taken and before it is returned, which is slow."""
         self._verify = verify
         self.stats = Stats()
+        self.names: list[str] = []  # of the weights, for errors; empty until they are known
         self._lock = threading.RLock()
         self._ledger = Ledger()
         self._pending: Pending[Lease] = Pending()  # released, their kernels still run
@@ -106,6 +107,8 @@ class WeightClient:
     def ask_status(self, timeout_s: float = 2.0) -> p.Fields:
         """The feeder's own figures; empty if it does not answer in time."""
         with self._lock:
+            if self._memory is not None:  # any thread may ask
+                self._memory.bind_thread()
             self._status = None
             self._connection.send(p.StatusRequest())
             self._pump_until(lambda: self._status is not None, timeout_s)
@@ -157,8 +160,9 @@ class WeightClient:
         expected = grant.checksum or lease.checksum or found  # a feeder without --verify sends none
         lease.checksum = found
         if found != expected:
+            name = self.names[grant.weight] if self.names else f"weight {grant.weight}"
             raise SlotCorruptError(
-                f"verify at {moment}: weight {grant.weight} in slot {grant.slot}, generation"
+                f"verify at {moment}: {name} in slot {grant.slot}, generation"
                 f" {grant.generation}, has checksum {found:x}, expected {expected:x}: the slot was"
                 " written to while it was granted"
             )
@@ -207,10 +211,14 @@ class WeightClient:
 
     def _keep(self) -> None:
         """The second thread: a turn now and then, unless the main thread is at it."""
+        bound = False
         try:
             while not self._closing.wait(KEEPER_INTERVAL_S):
                 if self._lock.acquire(blocking=False):
                     try:
+                        if self._memory is not None and not bound:
+                            self._memory.bind_thread()
+                            bound = True
                         self._connection.wait(0)
                         self._turn()
                     finally:
@@ -270,8 +278,8 @@ class WeightClient:
             case p.Grant(weight=weight):
                 if not self._ledger.grant(message):
                     self._connection.ignored += 1
-                    what = "names a segment, extent or slot that cannot be"
-                    self._connection.send(p.Failure("grant", f"grant of weight {weight} {what}"))
+                    what = "is an old one, or names a segment, extent or slot that cannot be"
+                    self._connection.complain("grant", f"grant of weight {weight} {what}")
             case p.Revoke(slot, generation):
                 wanted = () if self._needed is None else (self._needed,)
                 lease = self._ledger.recall(slot, generation, wanted)
@@ -303,5 +311,7 @@ class WeightClient:
             "waits": stats.waits,
             "stall_s": stats.stall_s,
             "lost_feeders": self._connection.lost_feeders,
+            "malformed": self._connection.malformed,
+            "ignored": self._connection.ignored,
             "peak_bytes": self.peak_bytes(),
         }

@@ -25,6 +25,7 @@ HELLO_REPEAT_S = 1.0
 DYING_S = 5.0  # how long a killed process may take to end
 _FORMATS = "dequantized"
 _MALFORMED_SHOWN = 3
+_COMPLAINTS = 100
 
 
 class Connection:
@@ -43,8 +44,9 @@ class Connection:
         self._directory, self._leash_fd = directory, leash_fd
         self._found, self._lost = found, lost
         self.feeder: p.Welcome | None = None
-        self.malformed = self.ignored = self.lost_feeders = 0
+        self.malformed = self.ignored = self.lost_feeders = self._complaints = 0
         self._fingerprint = ""  # of the store that this engine works with
+        self._kind: tuple[str, str] | None = None  # dtype and device that the model was built for
         self._refused_pid = 0
         self._said = ""
         self._ready: set[int] = set()
@@ -79,6 +81,13 @@ class Connection:
         """To the feeder, if there is one."""
         if self.feeder is not None:
             self._channel.send(message)
+
+    def complain(self, code: str, text: str) -> None:
+        """Tell the feeder what it may not say, so many times: a flood of answers would leave no room
+        in the socket for what has to be said."""
+        self._complaints += 1
+        if self._complaints <= _COMPLAINTS:
+            self._channel.send(p.Failure(code, text))
 
     def dying(self) -> bool:
         """Whether the feeder ends within moments: what it lent may be gone before its end shows."""
@@ -126,7 +135,7 @@ class Connection:
                 self.malformed += 1
                 if self.malformed <= _MALFORMED_SHOWN:
                     log.warning("refused a message: %s", message)
-                self._channel.send(p.Failure("protocol", str(message)))
+                self.complain("protocol", str(message))
             case p.Welcome() if self.feeder is None:
                 self._welcome(message)
             case p.Failure(code, text):
@@ -167,7 +176,13 @@ class Connection:
         if self._fingerprint not in ("", welcome.fingerprint):
             self._channel.send(p.Goodbye("another store"))
             text = f"it has store {welcome.fingerprint}, this engine works with {self._fingerprint}"
-            self._refused("store", text)
+            self._refused("store", text, welcome.pid)
+            return
+        kind = (welcome.dtype, welcome.device)
+        if self._kind not in (None, kind):
+            self._channel.send(p.Goodbye("another dtype or device"))
+            text = f"it fills slots of {' on '.join(kind)}, this engine reads {' on '.join(self._kind or ())}"
+            self._refused("store", text, welcome.pid)
             return
         try:
             self._watch_fd = watch(welcome.pid)
@@ -176,15 +191,15 @@ class Connection:
         self._poller.add(self._watch_fd)
         if self._fingerprint:
             log.info("feeder %d takes over; going on", welcome.pid)
-        self._fingerprint = welcome.fingerprint
+        self._fingerprint, self._kind = welcome.fingerprint, kind
         self.feeder = welcome
         self._found()
 
-    def _refused(self, code: str, text: str) -> None:
+    def _refused(self, code: str, text: str, pid: int = 0) -> None:
         if code == "busy":
             raise PeerError(text)
         if code == "store":
-            self._refused_pid = Lock.holder(self._directory / "feeder.lock") or 0
+            self._refused_pid = pid or Lock.holder(self._directory / "feeder.lock") or 0
             log.error("refused feeder %d: %s; waiting for another", self._refused_pid, text)
             return
         log.warning("the feeder reports %s: %s", code, text)

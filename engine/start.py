@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from common.errors import PeerError, UsageError
+from common.errors import MemoryShortageError, PeerError, UsageError
 from common.log import log
 from common.memory import memory_for
-from common.process import Leash, Lock, raise_on_termination, remove_run_directory, run_directory
+from common.process import (
+    MODEL_LOCK,
+    Leash,
+    Lock,
+    raise_on_termination,
+    remove_run_directory,
+    run_directory,
+)
 from common.store import Store
 from engine.client import WeightClient
 from engine.prompts import Prompt, read_prompts, record
@@ -40,12 +47,21 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         output = _open_output(arguments.output, stack)
         client = WeightClient(directory, leash.fd, arguments.verify)
         stack.callback(client.close)
-        _generate(arguments, client, prompts, sampling, output)
+        model_lock = Lock(directory / MODEL_LOCK, "engine")
+        stack.callback(model_lock.release)
+        try:
+            _generate(arguments, client, model_lock, prompts, sampling, output)
+        except torch.OutOfMemoryError as error:
+            raise MemoryShortageError(
+                f"the engine is out of device memory ({str(error).partition('.')[0]}):"
+                " give a smaller --cache, or a shorter prompt"
+            ) from error
 
 
 def _generate(
     arguments: argparse.Namespace,
     client: WeightClient,
+    model_lock: Lock,
     prompts: list[Prompt],
     sampling: Sampling,
     output: TextIO,
@@ -66,9 +82,11 @@ def _generate(
             f"store {store.path} is now {store.fingerprint}, the feeder loaded {feeder.fingerprint}:"
             " restart the feeder"
         )
+    client.names = [entry.name for entry in store.weights]
     dtype = getattr(torch, feeder.dtype)
     codec = codec_for(store)
     model = build_model(store, client, memory.device, dtype, arguments.attention)
+    model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     generator = Generator(model, codec, sampling, arguments.raw)
     if arguments.wait_full:
         _wait_full(client)

@@ -76,12 +76,6 @@ class CudaFiller(Filler):
         self._consumed = [torch.cuda.Event() for _ in range(STAGING_TILES)]
         self._next = 0
 
-    @staticmethod
-    def bytes_needed(host: HostStore) -> int:
-        """Device memory that the staging buffers take."""
-        largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
-        return (-(-largest // 512) * 512) * STAGING_TILES
-
     def start(self, weight: int, destination: torch.Tensor) -> Work:
         for tile in self.host.tiles[weight]:
             self._tile(tile, destination[tile.first :][: tile.elements])

@@ -21,6 +21,7 @@ from feeder.strategies.base import Strategy
 from feeder.strategies.registry import make_strategy
 
 STATUS_PATIENCE_S = 0.3
+_NAMES, _NAME_LENGTH = 100, 100  # of an engine's figures
 
 Reply = Callable[[bytes, p.Message], object]
 
@@ -31,25 +32,33 @@ class StatusRequests:
     def __init__(self, reply: Reply, fields: Callable[[], p.Fields]) -> None:
         self._reply, self._fields = reply, fields
         self._asking: list[tuple[bytes, float]] = []
+        self._engine_asked = False
 
     def ask(self, peer: bytes, ask_engine: Callable[[], object] | None) -> None:
         """``ask_engine`` sends the engine a StatusRequest; None if there is no engine."""
         if ask_engine is None:
             self._reply(peer, p.Status(self._fields()))
             return
-        if not self._asking:
+        if not self._engine_asked:  # a stopped engine is asked once, not once for each that asks us
+            self._engine_asked = True
             ask_engine()
         self._asking.append((peer, time.monotonic() + STATUS_PATIENCE_S))
 
     def answered(self, fields: p.Fields) -> None:
         """The engine's figures are there."""
-        engine = {f"engine_{name}": value for name, value in fields.items()}
+        self._engine_asked = False
+        if not self._asking:
+            return
+        engine = {f"engine_{name[:_NAME_LENGTH]}": fields[name] for name in sorted(fields)[:_NAMES]}
+        answer = p.Status(self._fields() | engine)
         for peer, _ in self._asking:
-            self._reply(peer, p.Status(self._fields() | engine))
+            self._reply(peer, answer)
         self._asking.clear()
 
     def overdue(self, everyone: bool) -> None:
-        """Answer without the engine those who have waited long enough, or ``everyone``."""
+        """Answer without the engine those who have waited long enough, or ``everyone`` if there is
+        no engine."""
+        self._engine_asked = self._engine_asked and not everyone
         now = time.monotonic()
         for peer, until in self._asking:
             if everyone or until <= now:
@@ -119,7 +128,8 @@ class SwapRequests:
             return False
         self._resize = None
         refused = slots.replace(resize.strategy, resize.cache)
-        self._scheduler.resize(slots.capacity, resize.strategy)
+        strategy = self._scheduler.strategy if refused else resize.strategy
+        self._scheduler.resize(slots.capacity, strategy)
         if refused:
             self._reply(resize.peer, p.Failure("memory", refused))
         else:

@@ -99,6 +99,7 @@ class Scheduler:
         self._position = 0
         self._misses = self._misses_ahead = 0  # fills for this pass, and for the next
         self._filling_bytes = self._filling_count = 0
+        self._no_room = False  # a wish found no extent, and waits for others to move
         self._wanted_now: dict[int, None] | None = None  # the target, until something changes it
         self._kept: frozenset[int] = frozenset()  # what the strategy keeps, checked
         self._keep = self._kept  # what slots have been laid out for
@@ -223,11 +224,11 @@ class Scheduler:
 
     @property
     def full(self) -> bool:
-        """Whether all that the strategy wants now is in slots."""
-        return not self._draining and all(
-            (slot := self.slots.get(w)) is not None and slot.state is not State.FILLING
-            for w in self._target()
-        )
+        """Whether all that the strategy wants now, and that finds room, is in slots."""
+        moving = (State.FILLING, State.REVOKED)
+        if self._draining or any(slot.state in moving for slot in self.slots):
+            return False
+        return self._no_room or all(self.slots.get(weight) is not None for weight in self._target())
 
     def _target(self) -> dict[int, None]:
         """The longest prefix of needs and wishes that the capacity holds, as an ordered set."""
@@ -260,8 +261,11 @@ class Scheduler:
             self._fall_back(error)
 
     def _fill(self, target: dict[int, None], commands: list[Command]) -> None:
+        self._no_room = False
+        stuck: set[bool] = set()  # regions (of what stays, or not) where a wish waits for room
         for weight in target:
-            if self.slots.get(weight) is not None:
+            stays = weight in self._keep
+            if self.slots.get(weight) is not None or stays in stuck:
                 continue
             if weight not in self._needs and self._filling_count >= 2:
                 if self._filling_count >= FILL_AHEAD_COUNT:
@@ -270,7 +274,11 @@ class Scheduler:
                     return
             offset = self._make_room(weight, target, commands)
             if offset is None:
-                return
+                self._no_room = True
+                stuck.add(stays)
+                if weight in self._needs or len(stuck) == 2:
+                    return
+                continue  # in its region the order is kept; the other need not wait for it
             slot = self.slots.fill(weight, offset, self.sizes[weight])
             commands.append(Fill(slot.id, weight, offset))
             self.counters.fills += 1
@@ -375,8 +383,8 @@ class Scheduler:
     def _move_to(self, position: int | None) -> None:
         if position is None:
             return
-        # More than half a pass backwards is the next pass, not a late release.
-        if self._position - position > len(self.plan) // 2:
+        # Half a pass backwards, or more, is the next pass, not a late release.
+        if 2 * (self._position - position) >= len(self.plan):
             self.counters.passes += 1
             self.counters.hit_rate = max(0.0, 1 - self._misses / len(self.plan))
             self._misses, self._misses_ahead = self._misses_ahead, 0

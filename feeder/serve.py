@@ -7,6 +7,7 @@ Idle, or with its engine stopped in a debugger, it sleeps in that poll and uses 
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from feeder.status import LinkMeter, status_fields
 from feeder.strategies.base import Strategy
 from feeder.verify import Verifier
 
+UNSENT_PATIENCE_S = 0.1
 _MALFORMED_SHOWN = 3
 
 
@@ -76,6 +78,7 @@ class Feeder:
         self._status = StatusRequests(self._server.send, self._fields)
         self._swap = SwapRequests(self._server.send, self.scheduler, self.slots)
         self._engine: _Engine | None = None
+        self._unsent: deque[p.Message] = deque()
         self._malformed = 0
         self._stopping = ""
 
@@ -95,29 +98,39 @@ class Feeder:
                 raise Terminated(self._signal.received)
             if leash.fd in ready:
                 raise PeerError("the launcher is gone")
-            for slot in self._fills.done():
-                self._filled(slot)
-            for peer, message in self._server.receive():
-                self._handle(peer, message)
+            changed = False  # while fills are asked after, most turns bring nothing
             if self._engine is not None and self._engine.watch_fd in ready:
                 log.info("engine %d has ended; its slots are ready again", self._engine.pid)
                 self._forget_engine()
+                changed = True
+            for slot in self._fills.done():
+                self._filled(slot)
+                changed = True
+            for peer, message in self._server.receive():
+                self._handle(peer, message)
+                changed = True
             self._status.overdue(everyone=self._engine is None)
-            self._execute()
+            self._send_again()
+            if changed:
+                self._execute()
         log.info("stopping: %s", self._stopping)
 
     def close(self) -> None:
         """Say goodbye, finish what is on its way, give everything back."""
+        mapped = self._engine is not None and self._engine.mapped
         if self._engine is not None:
             self._send(p.Goodbye(self._stopping or "the feeder ends"))
             self._forget_engine()
         self._server.close()
         self._filler.close()
-        self.slots.close()
+        if not mapped:  # else its kernels may be reading: the end of this process frees the memory
+            self.slots.close()
 
     def _patience_s(self) -> float | None:
         if len(self._fills) and self._memory.device.type == "cuda":
             return 0.0  # nothing wakes a poll when an event fires; see common/wait.py
+        if self._unsent:
+            return UNSENT_PATIENCE_S
         return self._status.patience_s()
 
     def _execute(self) -> None:
@@ -285,13 +298,22 @@ class Feeder:
             self._send(self.slots.export())
 
     def _send(self, message: p.Message) -> None:
-        """To the engine. If it cannot be sent, the engine is dying: its pidfd will say so."""
-        if self._engine is not None and not self._server.send(self._engine.peer, message):
-            log.debug("not sent: %s", message)
+        """To the engine, in order. What cannot be sent now, to one that is stopped or dying, waits."""
+        if self._engine is None:
+            return
+        if self._unsent or not self._server.send(self._engine.peer, message):
+            self._unsent.append(message)
+
+    def _send_again(self) -> None:
+        while self._unsent and self._engine is not None:
+            if not self._server.send(self._engine.peer, self._unsent[0]):
+                return
+            self._unsent.popleft()
 
     def _forget_engine(self) -> None:
         if self._engine is not None:
             self._poller.remove(self._engine.watch_fd)
             os.close(self._engine.watch_fd)
             self._engine = None
+            self._unsent.clear()
             self.scheduler.detach()

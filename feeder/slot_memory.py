@@ -12,7 +12,7 @@ from common.errors import MemoryShortageError
 from common.log import log
 from common.memory import Memory, Segment
 from common.plan import Capacity, Plan
-from common.process import Lock
+from common.process import MODEL_LOCK, Lock
 from common.store import Store
 from feeder.budget import Request, engine_reserve_bytes, slot_sizes
 from feeder.strategies.base import Strategy
@@ -44,7 +44,7 @@ class SlotMemory:
 
         ``instead``: as if the present segment were given up for it.
         """
-        engine_runs = Lock.holder(self._directory / "engine.lock") is not None
+        engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
         free = self.memory.free_bytes() + (self._segment.size_bytes if instead else 0)
         reserve = engine_reserve_bytes(self.store, self.memory.device, engine_runs)
         request = Request(self.plan, self.sizes, [w.name for w in self.store.weights], cache)
@@ -75,7 +75,7 @@ class SlotMemory:
             self._segment = self.memory.allocate(capacity.size_bytes)
         except MemoryShortageError as error:
             self._segment = self.memory.allocate(self.capacity.size_bytes)
-            return f"{error}: the cache stays as it was"
+            return f"{error}: cache and strategy stay as they were"
         self.capacity, self.cache = capacity, cache
         return ""
 

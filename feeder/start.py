@@ -34,7 +34,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     """Serve the store ``arguments.model`` until told to stop. Raises WeightFeederError."""
     cache = Cache.parse(arguments.cache)
     strategy = make_strategy(arguments.strategy)
-    path = Path(arguments.model)
+    path = Path(arguments.model).resolve()  # an engine may be started elsewhere
     if not (path / "store.json").is_file() and (path / "config.json").is_file():
         raise StoreError(
             f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
@@ -84,7 +84,8 @@ def _host_store(store: Store, memory: Memory, arguments: argparse.Namespace) -> 
     prefix = f"weight-feeder,{os.getuid()},{arguments.name},"  # a --name has no commas
     name = f"{prefix}{store.fingerprint},{LAYOUT_VERSION}"
     for left in SHM_DIRECTORY.glob(f"{glob.escape(prefix)}*"):
-        if left.name != name:  # of another store, or half-loaded: ours to remove, with the lock
+        ours = left.lstat().st_uid == os.getuid()
+        if ours and left.name != name:  # of another store, or half-loaded; we have the lock
             left.unlink(missing_ok=True)
     adopted = HostStore.adopt(store, memory, name)
     if adopted is not None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,30 @@ def until_device_free(bytes_before: int) -> None:
         lambda: device_free_bytes() >= bytes_before - (48 << 20),
         lambda: f"{bytes_before:,} bytes of device memory were free, now {device_free_bytes():,}",
     )
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """Do ``work`` again and again, in another thread, for as long as the context lasts."""
+    failures: list[BaseException] = []
+    ending = threading.Event()
+
+    def repeat() -> None:
+        try:
+            while not ending.is_set():
+                work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def pause(seconds: float) -> None:

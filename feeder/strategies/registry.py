@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import sys
 from pathlib import Path
 
 from common.errors import StrategyError
@@ -43,9 +44,11 @@ def _load(path: Path, class_name: str) -> Strategy:
     if module_spec is None or module_spec.loader is None:
         raise StrategyError(f"strategy file {path} cannot be imported: it must be a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up by its name
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[module_spec.name]
         raise StrategyError(f"strategy file {path} fails to import: {error!r}: mend it") from error
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, Strategy)):

@@ -16,25 +16,23 @@ from typing import Any
 
 def run(main: Any, argv: list[str]) -> dict[str, Any]:
     """Call ``main`` with both output streams caught at their descriptors."""
-    files = [tempfile.TemporaryFile("w+b") for _ in range(2)]
     kept = [os.dup(1), os.dup(2)]
-    for number, file in enumerate(files, 1):
-        os.dup2(file.fileno(), number)
-    try:
-        code = main(argv)
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, descriptor in enumerate(kept, 1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-    texts = []
-    for file in files:
-        file.seek(0)
-        texts.append(file.read().decode())
-    return {"code": code, "out": texts[0], "err": texts[1]}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            code = main(argv)
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(kept, 1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+        out.seek(0)
+        err.seek(0)
+        return {"code": code, "out": out.read().decode(), "err": err.read().decode()}
 
 
 if __name__ == "__main__":

@@ -253,6 +253,27 @@ print("woken")
     assert (ended.code, ended.out) == (0, "woken\n"), ended.err
 
 
+def test_no_library_takes_sigterm_for_a_failure_of_its_own(room: Room) -> None:
+    """What a signal raises passes through `except Exception`, of which transformers has many."""
+    script = """
+import os, signal, sys, time
+from common.entry import run_process
+from common.process import raise_on_termination
+
+def work(leash):
+    raise_on_termination()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except Exception:
+        print("swallowed")
+
+sys.exit(run_process("test", False, work))
+"""
+    ended = room.start("-c", script).wait()
+    assert (ended.code, ended.out, ended.err) == (143, "", "")
+
+
 # By itself --------------------------------------------------------------------------------------
 
 

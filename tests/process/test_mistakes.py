@@ -58,7 +58,7 @@ def test_the_launcher_says_at_once(room: Room, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     ended = room.launch(f"--model={empty}").wait()
-    assert_one_line(ended, f"{empty}/config.json: no such file", code=1)
+    assert_one_line(ended, f"{empty} has neither model.safetensors nor", code=1)
 
 
 def test_feeder(room: Room, small_store: Path, tmp_path: Path) -> None:

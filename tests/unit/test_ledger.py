@@ -94,7 +94,9 @@ def test_a_recall_leaves_it_to_the_one_who_waits_for_it(ledger: Ledger, standing
     assert ledger.recall(0, 1, (7,)) is None
     lease = ledger.take(7)
     assert lease is not None
+    assert ledger.take(7) is None
     assert ledger.put(lease)
+    assert ledger.take(7) is None
 
 
 @pytest.mark.parametrize(("slot", "generation"), [(0, 0), (0, 2), (1, 1), (p.MAX_INT, 1)])
@@ -112,17 +114,19 @@ def test_a_stale_recall_changes_nothing(ledger: Ledger, slot: int, generation: i
         {"segment": p.MAX_INT},
         {"offset_bytes": SIZE},
         {"offset_bytes": SIZE - 511},
-        {"size_bytes": SIZE + 1},
-        {"size_bytes": p.MAX_INT, "offset_bytes": p.MAX_INT},
-        {"weight": 8},  # in a slot that holds another
-        {"slot": 2},  # a weight that is there
+        {"offset_bytes": 0, "size_bytes": SIZE + 1},
+        {"offset_bytes": p.MAX_INT, "size_bytes": p.MAX_INT},
+        {"slot": 1},  # which holds another weight
+        {"weight": 7},  # which is in another slot
     ],
 )
 def test_a_grant_that_cannot_be_is_refused(ledger: Ledger, changes: dict[str, int]) -> None:
     assert ledger.grant(grant_of(7, slot=1))
-    assert not ledger.grant(dataclasses.replace(grant_of(7, slot=1, generation=2), **changes))
+    good = grant_of(8, slot=2, generation=2)
+    assert not ledger.grant(dataclasses.replace(good, **changes))
     assert ledger.take(8) is None
     assert ledger.take(7) is not None
+    assert ledger.grant(good)
 
 
 def test_a_grant_that_is_replayed_is_refused(ledger: Ledger) -> None:

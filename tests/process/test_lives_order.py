@@ -1,0 +1,122 @@
+"""Any order with any strategy, and what the simulator says of the orders that were foreseen."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from common import protocol as p
+from common.store import Store
+from tests import fed, lives
+from tests.processes import Room, assert_refused
+
+pytestmark = pytest.mark.usefixtures("device_as_before")
+
+PASSES = lives.count(4, 40)
+
+
+def use(engine: fed.Engine, weight: int) -> None:
+    lease = engine.client.acquire(weight)
+    assert engine.holds(lease, weight), weight
+    engine.client.release(lease)
+
+
+@pytest.mark.parametrize("strategy", lives.STRATEGIES)
+def test_a_cache_of_one_serves_every_order(room: Room, long_store: Path, strategy: str) -> None:
+    generator = random.Random(2)
+    feeder = room.feeder(*lives.feeder_flags(long_store, 1, strategy))
+    with fed.connected(room, feeder) as engine:
+        total = len(engine.store.weights)
+        forward = list(range(total))
+        for weight in forward * 2:  # that is the plan
+            use(engine, weight)
+        for _ in range(PASSES):
+            for weight in reversed(forward):
+                use(engine, weight)
+            for weight in generator.sample(forward, total):
+                use(engine, weight)
+            for weight in generator.choices(forward, k=total):
+                use(engine, weight)
+        fields = engine.client.ask_status()
+        assert fields["slots"] == 1 and fields["strategy"] == strategy
+        assert engine.client.stats.uses == (2 + 3 * PASSES) * total
+    assert "failed" not in feeder.err
+
+
+COMBINATIONS = [(s, c) for s in lives.STRATEGIES for c in ("1", "2", "5", "11", "14", "-1")]
+LINK = ["--link=50", "--device-bandwidth=3000"]
+ROW = re.compile(r" *(\S+) +([\d.]+ \S+) +([\d.]+) % +([\d.]+ \S+) +([\d.]+) +([\d.]+)")
+
+
+def rows(out: str) -> list[tuple[str, ...]]:
+    """Cache, slots, hits, streamed bytes, ms and tok/s of each line of a simulation."""
+    return [found.groups() for line in out.splitlines() if (found := ROW.fullmatch(line))]
+
+
+def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> None:
+    simulated = {
+        combination: room.start(
+            "-m", "feeder", "simulate", f"--shape={long_store}", f"--strategy={combination[0]}",
+            f"--cache={combination[1]}", *LINK,
+        )
+        for combination in COMBINATIONS
+    }  # fmt: skip
+    said = {combination: process.wait() for combination, process in simulated.items()}
+    feeder = room.feeder(*lives.feeder_flags(long_store, 1), "--dtype=bfloat16")
+    with fed.connected(room, feeder) as engine:
+        total = len(engine.store.weights)
+
+        def one_pass() -> float:
+            for weight in range(total):
+                use(engine, weight)
+            return float(engine.client.ask_status()["hit_rate"])
+
+        one_pass()
+        for strategy, cache in COMBINATIONS:
+            with lives.meanwhile(lambda: one_pass()):
+                lives.ask(room, p.Swap(strategy, cache))  # noqa: B023
+            for _ in range(4):
+                live = one_pass()
+            ended = said[strategy, cache]
+            assert ended.code == 0, ended.err
+            ((_, _, hits, *_),) = rows(ended.out)
+            assert float(hits) == pytest.approx(100 * live, abs=0.06), (strategy, cache)
+
+
+def test_what_simulate_prints(room: Room, long_store: Path, tmp_path: Path) -> None:
+    simulate = ("-m", "feeder", "simulate")
+    shape = room.start(*simulate, "--shape=qwen2.5-32b", "--cache=128", *LINK)
+    sweep = room.start(*simulate, f"--shape={long_store}", "--strategy=ring", "--sweep", *LINK)
+    file = tmp_path / "mine.py"
+    file.write_text("from feeder.strategies.ring import Ring\n\nclass Mine(Ring):\n    pass\n")
+    own = room.start(*simulate, f"--shape={long_store}", f"--strategy={file}:Mine", "--sweep", *LINK)
+    bad = {
+        ("--shape=gpt-9", *LINK): "shape 'gpt-9' is neither a store nor one of",
+        ("--shape=qwen2.5-32b", "--strategy=best", *LINK): "strategy 'best' is not known",
+        ("--shape=qwen2.5-32b", "--cache=0", *LINK): "cache '0' holds no weight",
+        ("--shape=qwen2.5-32b", "--cache=1MB", *LINK): "the largest weight, lm_head, needs",
+        ("--shape=qwen2.5-32b", "--link=0", "--device-bandwidth=1"): "--link must be above 0",
+        ("--shape=qwen2.5-32b", "--link=1"): "required: --device-bandwidth",
+        ("--shape=qwen2.5-32b", "--link=fast", "--device-bandwidth=1"): "--link: invalid float",
+    }
+    refused = {words: room.start(*simulate, *words) for words in bad}
+    ended = shape.wait()
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("449 weights, 16.5 GB packed; link 50 GB/s: 330")
+    ((cache, slots, hits, streamed, ms, tokens),) = rows(ended.out)
+    total, staying = 449, 128 - 4
+    assert (cache, slots) == ("128", "19.4 GB") or slots.endswith(" GB")
+    assert float(hits) == pytest.approx(100 * staying / total, abs=0.1)
+    number, unit = streamed.split()
+    assert unit == "GB" and 8 < float(number) < 16.5
+    assert float(ms) >= 1000 * float(number) / 50.5  # it cannot beat the link
+    assert float(tokens) == pytest.approx(1000 / float(ms), rel=0.02)
+    table = rows(sweep.wait().out)
+    assert [row[0] for row in table] == ["1", "2", "4", "8", "-1"]
+    assert [row[2] for row in table] == ["0.0"] * 4 + ["100.0"]
+    assert rows(own.wait().out) == table
+    for words, process in refused.items():
+        assert_refused(process.wait(), bad[words])
