@@ -21,7 +21,7 @@ from feeder.strategies.base import Strategy
 from feeder.strategies.registry import make_strategy
 
 STATUS_PATIENCE_S = 0.3
-_NAMES, _NAME_LENGTH = 100, 100  # of an engine's figures
+_NAMES, _NAME_LENGTH = 100, 100  # of an engine's figures: ours must fit the message beside them
 
 Reply = Callable[[bytes, p.Message], object]
 
@@ -49,7 +49,10 @@ class StatusRequests:
         self._engine_asked = False
         if not self._asking:
             return
-        engine = {f"engine_{name[:_NAME_LENGTH]}": fields[name] for name in sorted(fields)[:_NAMES]}
+        engine = {
+            f"engine_{name[:_NAME_LENGTH]}": value[:_NAME_LENGTH] if type(value) is str else value
+            for name, value in sorted(fields.items())[:_NAMES]
+        }
         answer = p.Status(self._fields() | engine)
         for peer, _ in self._asking:
             self._reply(peer, answer)

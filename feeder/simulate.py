@@ -171,7 +171,7 @@ def predict(request: Request, packed: list[int], strategy: str, hardware: Hardwa
     uses = COUNTED_PASSES * len(request.plan)
     return Prediction(
         ms=1000 * seconds / COUNTED_PASSES,
-        hits=1 - (scheduler.counters.fills - fills) / uses,
+        hits=max(0.0, 1 - (scheduler.counters.fills - fills) / uses),
         streamed_bytes=(simulation.streamed_bytes - before) / COUNTED_PASSES,
         arena_bytes=capacity.size_bytes,
     )

@@ -93,7 +93,9 @@ def test_protocol_names_every_failure_code() -> None:
     sent = {
         code
         for path in sources
-        for code in re.findall(r'Failure\(\s*"([a-z-]+)"', path.read_text(encoding="utf-8"))
+        for code in re.findall(
+            r'(?:Failure|complain)\(\s*"([a-z-]+)"', path.read_text(encoding="utf-8")
+        )
     }
     assert sent
     section = read("docs/protocol.md").partition("### `failure`")[2].partition("### `goodbye`")[0]

@@ -264,10 +264,11 @@ def test_what_is_resident_costs_no_messages(count: int) -> None:
 @pytest.mark.parametrize(
     ("count", "total"), [(n, m) for m in (*range(2, 8), 17) for n in range(1, m)]
 )
-def test_ring_hits_nothing_but_is_ahead(count: int, total: int) -> None:
-    pipeline = pipeline_of(Ring(), [512] * total, count, seed=count)
-    engine = pipeline.engine
-    assert engine is not None
+@pytest.mark.parametrize("room", ["just enough", "plenty"])
+def test_ring_hits_nothing_but_is_ahead(count: int, total: int, room: str) -> None:
+    slots = count if room == "just enough" else total
+    pipeline = Pipeline([512] * total, Capacity(count, 512 * slots), Ring(), seed=count)
+    engine = pipeline.attach(order_of("plan", total, Random(0)))
     one_pass(pipeline)
     waits = engine.waits
     for _ in range(3):
@@ -326,6 +327,18 @@ def test_a_swap_shows_within_one_pass(before: str, after: str) -> None:
         assert pipeline.foreseen == []
     else:
         assert one_pass(pipeline) == one_pass(fresh) == {"ring": 20, "resident": 12}[after]
+
+
+@pytest.mark.parametrize("after", ["ring", "on-demand"])
+def test_a_swap_takes_standing_grants_back(after: str) -> None:
+    """They say nothing of the engine's progress, which is all that the others go by."""
+    pipeline = pipeline_of(Resident(), [512] * 6, 6, seed=2)
+    one_pass(pipeline)
+    assert all(grant.standing for grant in pipeline.lent.values())
+    pipeline.swap(make_strategy(after))
+    one_pass(pipeline)
+    assert not any(grant.standing for grant in pipeline.lent.values())
+    assert len(pipeline.filled) == 6  # and what was there is there still
 
 
 # Strategies that fail --------------------------------------------------------------------------------

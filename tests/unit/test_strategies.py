@@ -89,7 +89,7 @@ def test_resident_wants_no_more_than_fits(
 ) -> None:
     resident = Resident()
     largest = max(sizes[weight] for weight in plan.order)
-    count = data.draw(st.integers(1, len(plan)))
+    count = data.draw(st.integers(1, len(plan)) | st.just(len(plan)))
     capacity = Capacity(count, data.draw(st.integers(largest, sum(sizes))))
     resident.begin(plan, sizes, capacity)
     here = data.draw(st.integers(0, len(plan) - 1))
@@ -110,6 +110,17 @@ def test_resident_keeps_the_large_where_a_small_stream_gains_more() -> None:
     resident.begin(Plan(tuple(range(21))), sizes, Capacity(21, 512 * 25))
     assert 20 in resident.keep
     assert len(resident.keep) == 1 + (25 - 15 - STREAM_SLOTS)
+
+
+def test_resident_streams_in_order_where_a_smaller_one_would_still_fit() -> None:
+    sizes = [512 * size for size in (3, 3, 1, 1, 1, 1, 3, 3, 3, 1)]
+    resident = Resident()
+    resident.begin(Plan(tuple(range(10))), sizes, Capacity(10, 512 * 15))
+    assert resident.keep
+    for here in range(10):
+        ahead = [(here + i) % 10 for i in range(10) if (here + i) % 10 not in resident.keep]
+        streamed = [weight for weight in resident.wanted(here) if weight not in resident.keep]
+        assert streamed == ahead[: len(streamed)]
 
 
 def test_on_demand_wants_what_was_used_last() -> None:
