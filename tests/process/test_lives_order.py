@@ -51,8 +51,10 @@ def test_a_cache_of_one_serves_every_order(room: Room, long_store: Path, strateg
     assert "failed" not in feeder.err
 
 
-# Without on-demand: whether it finds room by what it takes back or by what it drops is a race.
-COMBINATIONS = [(s, c) for s in ("ring", "resident") for c in ("1", "4", "5", "11", "14", "-1")]
+# What no timing changes: a ring of more slots than may be filled at once falls behind a fast engine,
+# and then finds what it has not yet replaced; on-demand may drop a weight or take another back.
+COMBINATIONS = [("ring", cache) for cache in ("1", "4", "5", "-1")]
+COMBINATIONS += [("resident", cache) for cache in ("1", "4", "5", "11", "14", "-1")]
 LINK = ["--link=50", "--device-bandwidth=3000"]
 ROW = re.compile(r" *(\S+) +([\d.]+ \S+) +([\d.]+) % +([\d.]+ \S+) +([\d.]+) +([\d.]+)")
 
@@ -81,8 +83,8 @@ def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> 
 
         one_pass()
         for strategy, cache in COMBINATIONS:
-            with lives.meanwhile(lambda: one_pass()):
-                lives.ask(room, p.Swap(strategy, cache))  # noqa: B023
+            with lives.meanwhile(one_pass):
+                lives.ask(room, p.Swap(strategy, cache))
             for _ in range(4):
                 live = one_pass()
             assert simulated(strategy, cache) == pytest.approx(live), (strategy, cache)
@@ -96,7 +98,9 @@ def test_what_simulate_prints(room: Room, long_store: Path, tmp_path: Path) -> N
     sweep = room.start(*simulate, f"--shape={long_store}", "--strategy=ring", "--sweep", *LINK)
     file = tmp_path / "mine.py"
     file.write_text("from feeder.strategies.ring import Ring\n\nclass Mine(Ring):\n    pass\n")
-    own = room.start(*simulate, f"--shape={long_store}", f"--strategy={file}:Mine", "--sweep", *LINK)
+    own = room.start(
+        *simulate, f"--shape={long_store}", f"--strategy={file}:Mine", "--sweep", *LINK
+    )
     bad = {
         ("--shape=gpt-9", *LINK): "shape 'gpt-9' is neither a store nor one of",
         ("--shape=qwen2.5-32b", "--strategy=best", *LINK): "strategy 'best' is not known",

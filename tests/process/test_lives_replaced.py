@@ -63,8 +63,10 @@ def test_feeders_killed_at_random_moments(
             engine.until_said(f"feeder {feeder.pid} takes over; going on")
         else:
             engine.until(
-                lambda: engine.popen.poll() is not None
-                or f"feeder {feeder.pid} takes over" in engine.err,  # noqa: B023
+                lambda: (
+                    engine.popen.poll() is not None
+                    or f"feeder {feeder.pid} takes over" in engine.err
+                ),  # noqa: B023
                 "meets the feeder",
             )
     ended = engine.wait()
@@ -158,7 +160,7 @@ def test_a_feeder_stopped_while_it_is_asked(
     feeder = room.feeder(*lives.feeder_flags(long_store))
     feeder.signal(signal.SIGSTOP)
     engine = room.start("-m", "engine", *lives.engine_flags(50), "--verbose")
-    until(lambda: (room.directory() / "engine.lock").exists(), lambda: "the engine does not start")
+    until((room.directory() / "engine.lock").exists, lambda: "the engine does not start")
     lives.pause(6 if lives.DEVICE == "cpu" else 12)  # transformers, and then some hellos
     feeder.signal(signal.SIGCONT)
     ended = engine.wait()

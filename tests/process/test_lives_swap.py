@@ -13,7 +13,7 @@ from common.errors import PeerError
 from common.store import Store
 from feeder.strategies.resident import stream_slots
 from tests import lives
-from tests.processes import PATIENCE_S, Process, Room, assert_refused, until
+from tests.processes import PATIENCE_S, Process, Room, assert_refused
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
