@@ -63,10 +63,9 @@ def test_feeders_killed_at_random_moments(
             engine.until_said(f"feeder {feeder.pid} takes over; going on")
         else:
             engine.until(
-                lambda: (
-                    engine.popen.poll() is not None
-                    or f"feeder {feeder.pid} takes over" in engine.err
-                ),  # noqa: B023
+                lambda text=f"feeder {feeder.pid} takes over": (
+                    engine.popen.poll() is not None or text in engine.err
+                ),
                 "meets the feeder",
             )
     ended = engine.wait()
