@@ -2,7 +2,7 @@
 
 On CUDA completion is found by querying events from the loop's own thread. A thread that blocked on
 each event instead would cost several hand-overs of Python's interpreter lock a weight: measured on an
-H100, 1.9 ms a weight against 0.1 ms (docs/decisions/0002-one-thread.md). On the CPU the work itself
+H100, 1.9 ms a weight against 1.2 ms (docs/decisions/0002-one-thread.md). On the CPU the work itself
 runs on a thread, since it is long and holds no lock.
 """
 
