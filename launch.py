@@ -136,7 +136,8 @@ def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
         _same_model(model, store)
         return store, []
     store.parent.mkdir(parents=True, exist_ok=True)
-    return store, [sys.executable, "-m", "feeder.quantize", str(model), str(store)]
+    quantize = [sys.executable, "-m", "feeder.quantize", f"--device={arguments.device}"]
+    return store, [*quantize, str(model), str(store)]
 
 
 def _same_model(model: Path, store: Path) -> None:

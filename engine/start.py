@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -143,7 +144,9 @@ def _open_output(path: str | None, stack: ExitStack) -> TextIO:
     if path is None:
         return sys.stdout
     try:
-        return stack.enter_context(open(path, "x", encoding="utf-8"))
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        stack.callback(_remove_if_empty, path)  # only from here on it is ours to remove
+        return stack.enter_context(os.fdopen(fd, "w", encoding="utf-8"))
     except FileExistsError:
         raise UsageError(f"output file {path} exists: remove it, or name another") from None
     except OSError as error:
@@ -163,6 +166,12 @@ def _wait_for_editor(port: int) -> None:
         raise UsageError(f"--debugpy {port}: cannot listen there: {error}") from error
     log.info("waiting for a debugger to attach on 127.0.0.1:%d", port)
     debugpy.wait_for_client()
+
+
+def _remove_if_empty(path: str) -> None:
+    """A run that answered nothing leaves no file that would be in the way of the next."""
+    if os.path.exists(path) and os.path.getsize(path) == 0:
+        os.unlink(path)
 
 
 def _wait_full(client: WeightClient) -> None:
