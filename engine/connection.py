@@ -22,6 +22,7 @@ from common.process import Lock, watch
 
 HELLO_INTERVAL_S = 0.1
 HELLO_REPEAT_S = 1.0
+QUIET_S = 0.5  # before the engine says what it waits for
 DYING_S = 5.0  # how long a killed process may take to end
 _FORMATS = "dequantized"
 _MALFORMED_SHOWN = 3
@@ -111,6 +112,7 @@ class Connection:
             self._poller.add(self._leash_fd)
         self._watch_fd = -1
         self._next_hello = 0.0
+        self._opened = time.monotonic()
         self._ready = set()
 
     def _shut(self) -> None:
@@ -159,6 +161,8 @@ class Connection:
         if self._channel.send(p.Hello("engine", os.getpid(), self._fingerprint, _FORMATS)):
             self._next_hello = now + HELLO_REPEAT_S
             return
+        if now - self._opened < QUIET_S:
+            return  # a feeder that is there is reached within moments
         name = self._directory.name
         if pid is not None:
             self._say(f"waiting for feeder {name!r}, pid {pid}, to load its store")

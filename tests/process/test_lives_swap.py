@@ -88,7 +88,7 @@ def test_hit_rate_of_resident_shows_after_a_pass(
     engine = room.engine(*lives.engine_flags(lives.LONGEST))
     lives.until_generating(engine)
     assert until_passes(room, engine, 2)["hit_rate"] == 0.0  # a ring that is too small hits nothing
-    for slots in (14, 1, 9, 3, 5):
+    for slots in (11, 1, 9, 3, 5):
         swap(room, "resident", str(slots))
         # The pass under way, and one in which the last of what stays may have to come.
         fields = until_passes(room, engine, 3)

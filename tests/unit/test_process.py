@@ -302,6 +302,7 @@ def test_a_number_that_is_no_process_cannot_be_watched(pid: int) -> None:
 def leash(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The launcher's end of a leash whose other end is this process's."""
     ours, theirs = socket.socketpair()
+    theirs.set_inheritable(True)  # as it comes from a launcher
     monkeypatch.setenv(LEASH_VARIABLE, str(theirs.detach()))
     ours.settimeout(PATIENCE_S)
     with ours:

@@ -77,11 +77,15 @@ print(signal.Signals(flag.received).name)
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        assert process.communicate(timeout=PATIENCE_S)[0] == f"{number.name}\n"
-        assert process.returncode == 0
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.communicate(timeout=PATIENCE_S)[0] == f"{number.name}\n"
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.communicate()
 
 
 class Manual(Work):
