@@ -46,16 +46,30 @@ def run_path(name: str) -> Path:
 def run_directory(name: str) -> Path:
     """The private directory of all processes called ``name``; made, mode 0700, if it is not there."""
     path = run_path(name)
-    for directory in (path.parent, path):
-        with suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        found = directory.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise ConfigError(
-                f"run directory {directory} is not private to this user: expected a directory of"
-                " mode 0700 that you own; remove it, or set XDG_RUNTIME_DIR"
-            )
+    _make_run_directory(path)
     return path
+
+
+def _make_run_directory(path: Path) -> None:
+    for attempt in range(1000):
+        try:
+            for directory in (path.parent, path):
+                with suppress(FileExistsError):
+                    directory.mkdir(mode=0o700)
+                _require_private(directory)
+            return
+        except FileNotFoundError:  # someone who leaves has removed it, as it was empty: again
+            if attempt == 999:
+                raise
+
+
+def _require_private(directory: Path) -> None:
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"run directory {directory} is not private to this user: expected a directory of"
+            " mode 0700 that you own; remove it, or set XDG_RUNTIME_DIR"
+        )
 
 
 def remove_run_directory(directory: Path) -> None:
@@ -107,7 +121,12 @@ class Lock:
         """UsageError, naming the holder's pid, if another process holds it."""
         start = time.monotonic()
         while True:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                fd = os.open(self._path, flags, 0o600)
+            except FileNotFoundError:  # the directory was empty until now, and someone removed it
+                _make_run_directory(self._path.parent)
+                continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -40,7 +40,6 @@ class Lease:
     readers: int = 0  # between acquire and release
     recalled: bool = False  # revoked, or its feeder is gone: return it when nobody reads it
     returning: bool = False
-    checksum: int = 0  # as first seen, in verify mode
 
     @property
     def data(self) -> torch.Tensor:

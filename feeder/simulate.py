@@ -166,12 +166,11 @@ def predict(request: Request, packed: list[int], strategy: str, hardware: Hardwa
     simulation = Simulation(scheduler, packed, hardware)
     simulation.attach()
     simulation.run(WARM_PASSES)
-    before, fills = simulation.streamed_bytes, scheduler.counters.fills
+    before = simulation.streamed_bytes
     seconds = simulation.run(COUNTED_PASSES)
-    uses = COUNTED_PASSES * len(request.plan)
     return Prediction(
         ms=1000 * seconds / COUNTED_PASSES,
-        hits=max(0.0, 1 - (scheduler.counters.fills - fills) / uses),
+        hits=scheduler.hit_rate,
         streamed_bytes=(simulation.streamed_bytes - before) / COUNTED_PASSES,
         arena_bytes=capacity.size_bytes,
     )

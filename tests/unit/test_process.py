@@ -266,6 +266,47 @@ def test_a_lock_is_not_inherited_by_children(tmp_path: Path) -> None:
         child.wait()
 
 
+COME_AND_GO = """
+from common.process import Lock, remove_run_directory, run_directory
+sys.stdin.readline()
+for _ in range(300):
+    directory = run_directory("default")
+    lock = Lock(directory / f"{sys.argv[1]}.lock", sys.argv[1])
+    lock.acquire()
+    assert Lock.holder(directory / f"{sys.argv[1]}.lock")
+    lock.release()
+    remove_run_directory(directory)
+"""
+
+
+def test_those_who_come_and_those_who_go_are_in_nobodys_way(runtime: Path) -> None:
+    """One makes the directory, another removes it since it is empty, the first makes its lock."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import sys\n{COME_AND_GO}", f"role{number}"],
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
+    assert list(runtime.iterdir()) == []
+
+
+def test_a_directory_that_was_removed_meanwhile_is_made_again(runtime: Path) -> None:
+    directory = run_directory("default")
+    remove_run_directory(directory)
+    lock = Lock(directory / "feeder.lock", "feeder")
+    lock.acquire()
+    assert run_directory("default") == directory  # it is as private as before
+    lock.release()
+
+
 # Deaths ----------------------------------------------------------------------------------------------
 
 

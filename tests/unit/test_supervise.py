@@ -144,6 +144,8 @@ def test_when_the_first_has_ended_well_the_others_are_ended() -> None:
 def test_a_child_that_is_not_in_the_foreground_has_no_input() -> None:
     code = "import sys; assert sys.stdin.read() == ''"
     with Launch(("engine", code)) as launch:
+        assert launch.process.stdin is not None
+        launch.process.stdin.write(b"not for it\n")
         launch.hear("pids")
         assert launch.end() == (0, "good")
 
