@@ -25,7 +25,7 @@ import torch
 from bench.ceilings import device_bytes_per_s
 from bench.record import finish
 from common.blocks import code_bytes, packed_bytes, scale_count
-from engine.w4a16 import Config, Packed, Scratch, multiply
+from engine.w4a16 import Config, Packed, Scratch, multiply, spread
 
 #: Rows of the weights that share an input, and columns: those of a 32B model, and parts of them.
 SHAPES: dict[str, tuple[list[int], int]] = {
@@ -80,16 +80,16 @@ def graph_us(calls: list[Callable[[], object]], replays: int = 5) -> float:
 
 def configs(tokens: int, rows: list[int], columns: int) -> Iterable[Config]:
     """What is tried."""
-    narrow = sum(rows) <= 8192
-    splits = (1, 2, 4, 8) if narrow else (1,)
-    if tokens == 1:
-        for size, runs, warps, split in itertools.product((4, 8, 16, 32), (2, 4, 8), (2, 4, 8), splits):
-            if 1 <= size * runs * 16 // (warps * 32) <= 64:
-                yield Config(size, runs, split, warps)
-    else:
-        for size, warps, stages, split in itertools.product((32, 64, 128), (2, 4, 8), (3, 5), splits):
-            if size >= 16 * warps // 2:
-                yield Config(size, 1, split, warps, stages)
+    total = sum(rows)
+    for split in (1, 2, 4, 8, 16):
+        if tokens == 1:
+            for size, runs, warps in itertools.product((16, 32, 64), (2, 4), (2, 4)):
+                if 4 <= size * runs * 16 // (warps * 32) <= 64 and 264 <= total // size * split <= 8000:
+                    yield Config(size, runs, split, warps)
+        else:
+            for size, warps, stages in itertools.product((32, 64, 128), (2, 4), (3, 4, 6)):
+                if 264 <= total // size * split <= 8000:
+                    yield Config(size, 1, split, warps, stages)
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -110,11 +110,14 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
             scratch = Scratch(x.device)
             scratch.hold(1 << 22, 1 << 16)
+            planes = spread(x)
             results = []
             for config in configs(tokens, rows, columns):
                 try:
                     calls = [
-                        lambda weights=weights, config=config: multiply(x, weights, None, scratch, config)
+                        lambda weights=weights, config=config: multiply(
+                            x, weights, None, scratch, config, planes
+                        )
                         for weights in copies
                     ]
                     results.append((graph_us(calls), config))

@@ -93,19 +93,33 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _eight(  # type: ignore[no-untyped-def]
-    word, x, SHIFT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
-):
+def _spread_one_kernel(x, planes, words, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [K] to planes [9, K / 8] in fp32: element j of each word's eight in plane j, and their sum
+    times 136, which is what the codes of a word are too large by, all together."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    there = at < words
+    total = tl.zeros((SIZE,), tl.float32)
+    for j in tl.static_range(8):
+        value = tl.load(x + at * 8 + j, mask=there, other=0.0).to(tl.float32)
+        tl.store(planes + j * words + at, value, mask=there)
+        total += value
+    tl.store(planes + 8 * words + at, total * 136.0, mask=there)
+
+
+@triton.jit
+def _two(word, planes, SHIFT: tl.constexpr, stride, mask, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Two codes of each word, 128 + 8 too large, times their elements of x."""
     pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308  # two bf16: 128 + (code + 8)
     low = (pair << 16).to(tl.float32, bitcast=True)
     high = (pair & -65536).to(tl.float32, bitcast=True)
-    return low * tl.load(x + LOW).to(tl.float32) + high * tl.load(x + HIGH).to(tl.float32)
+    x_low = tl.load(planes + LOW * stride, mask=mask, other=0.0)[None, :, :]
+    x_high = tl.load(planes + HIGH * stride, mask=mask, other=0.0)[None, :, :]
+    return low * x_low + high * x_high
 
 
 @triton.jit
 def _one_token_kernel(  # type: ignore[no-untyped-def]
-    x, words, scales, bias, y, parts, counters,
+    planes, words, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
     ROWS: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr,
@@ -113,12 +127,12 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
     """One program multiplies ROWS rows with its part of K, RUNS runs of RUN (64 or 128) at a time.
 
     operand   shape            dtype        layout
-    x         [K]              bf16, fp16   contiguous
+    planes    [9, K / 8]       fp32         as _spread_one_kernel makes them
     words     any              int32        the codes of weight i begin at word ``code_i``, 16-byte aligned;
                                             the first of two codes in a byte's high nibble
     scales    any              bf16         the scales of weight i begin at ``scale_i``
-    bias      [total]          as x         contiguous, if BIAS
-    y         [total]          as x         contiguous; weight i's rows after those before it
+    bias      [total]          as y         contiguous, if BIAS
+    y         [total]          bf16, fp16   contiguous; weight i's rows after those before it
     parts     [SPLIT, total]   fp32         scratch
     counters  [total / ROWS]   int32        zeros, and left as zeros
     """
@@ -128,11 +142,12 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
         pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS
     )
     runs = K // RUN
+    stride = K // 8
     per_part = tl.cdiv(tl.cdiv(runs, RUNS), SPLIT) * RUNS
     rows = tl.arange(0, ROWS)
     word = tl.arange(0, WORDS)
     acc = tl.zeros((ROWS, RUNS, WORDS), tl.float32)
-    row_words = (code + (local + rows) * (K // 8))[:, None, None]
+    row_words = (code + (local + rows) * stride)[:, None, None]
     first_run = (local + rows) * runs
     for start in range(part * per_part, min((part + 1) * per_part, runs), RUNS):
         run = start + tl.arange(0, RUNS)
@@ -144,22 +159,20 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         block = ((first_run[:, None] + run[None, :]) * RUN) // 128
         factor = tl.load(scales + scale + block, mask=there[None, :], other=0.0).to(tl.float32)
-        xs = x + tl.where(there[:, None], column, 0) * 8
-        sum8 = tl.zeros((RUNS, WORDS), tl.float32)
-        for i in tl.static_range(8):
-            sum8 += tl.load(xs + i).to(tl.float32)
+        at, mask = planes + column, there[:, None] & (word >= 0)[None, :]
         # A word's bytes come lowest first, in each the odd element low: nibble j of a word is
         # element j ^ 1, and nibbles j and j + 4 are taken together.
-        product = _eight(data, xs[None, :, :], 0, 1, 5)
-        product += _eight(data, xs[None, :, :], 4, 0, 4)
-        product += _eight(data, xs[None, :, :], 8, 3, 7)
-        product += _eight(data, xs[None, :, :], 12, 2, 6)
-        acc += (product - 136.0 * sum8[None, :, :]) * factor[:, :, None]
+        product = _two(data, at, 0, stride, mask, 1, 5)
+        product += _two(data, at, 4, stride, mask, 0, 4)
+        product += _two(data, at, 8, stride, mask, 3, 7)
+        product += _two(data, at, 12, stride, mask, 2, 6)
+        product -= tl.load(at + 8 * stride, mask=mask, other=0.0)[None, :, :]
+        acc += product * factor[:, :, None]
     result = tl.sum(tl.sum(acc, 2), 1)[:, None]
     columns = tl.zeros((1,), tl.int32)
-    mask = tl.full((ROWS, 1), True, tl.int1)
+    mask1 = tl.full((ROWS, 1), True, tl.int1)
     _finish(
-        result, columns, row + rows, mask, bias, y, parts, counters, pid, part, total, total,
+        result, columns, row + rows, mask1, bias, y, parts, counters, pid, part, total, total,
         SPLIT, BIAS, 1,
     )  # fmt: skip
 
@@ -198,8 +211,20 @@ def _unpack(pairs, ASM: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
+def _spread_kernel(x, planes, K, tokens, SIZE: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [tokens, K] to planes [2, TOKENS, K / 2]: the even elements, the odd ones; no token is 0."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    token = tl.program_id(1)
+    half = K // 2
+    there = at < half
+    for odd in tl.static_range(2):
+        value = tl.load(x + token * K + at * 2 + odd, mask=there & (token < tokens), other=0.0)
+        tl.store(planes + (odd * TOKENS + token) * half + at, value, mask=there)
+
+
+@triton.jit
 def _tokens_kernel(  # type: ignore[no-untyped-def]
-    x, pairs, scales, bias, y, parts, counters,
+    planes, pairs, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K, tokens,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr,
     TOKENS: tl.constexpr, ASM: tl.constexpr,
@@ -207,11 +232,11 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     """One program multiplies ROWS rows with its part of K for all tokens, a run at a time.
 
     operand   shape                    dtype        layout
-    x         [tokens, K]              bf16, fp16   contiguous
+    planes    [2, TOKENS, K / 2]       bf16, fp16   as _spread_kernel makes them
     pairs     any                      int8         the codes of weight i begin at byte ``code_i``
     scales    any                      bf16         the scales of weight i begin at ``scale_i``
-    bias      [total]                  as x         contiguous, if BIAS
-    y         [tokens, total]          as x         contiguous
+    bias      [total]                  as y         contiguous, if BIAS
+    y         [tokens, total]          as planes    contiguous
     parts     [SPLIT, TOKENS, total]   fp32         scratch
     counters  [total / ROWS]           int32        zeros, and left as zeros
     """
@@ -223,30 +248,43 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     runs = K // RUN
     per_part = tl.cdiv(runs, SPLIT)
     rows = tl.arange(0, ROWS)
-    half, whole = tl.arange(0, HALF), tl.arange(0, RUN)
+    half = tl.arange(0, HALF)
     token = tl.arange(0, TOKENS)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     at = pairs + code + ((local + rows) * (K // 2))[:, None] + half[None, :]
     first_run = (local + rows) * runs
-    x_at = x + token[:, None] * K + whole[None, :]
-    x_mask = (token < tokens)[:, None] & (whole >= 0)[None, :]
+    x_at = planes + token[None, :] * (K // 2) + half[:, None]
     for run in range(part * per_part, min((part + 1) * per_part, runs)):
         data = tl.load(at + run * HALF)
         factor = tl.load(scales + scale + ((first_run + run) * RUN) // 128).to(tl.float32)
-        xs = tl.load(x_at + run * RUN, mask=x_mask, other=0.0)
-        x_even, x_odd = tl.split(tl.reshape(xs, (TOKENS, HALF, 2)))
-        even, odd = _unpack(data, ASM, x.dtype.element_ty)
+        x_even = tl.load(x_at + run * HALF)
+        x_odd = tl.load(x_at + TOKENS * (K // 2) + run * HALF)
+        even, odd = _unpack(data, ASM, x_even.dtype)
         if not ASM:  # the interpreter multiplies no bf16
             even, odd = even.to(tl.float32), odd.to(tl.float32)
             x_even, x_odd = x_even.to(tl.float32), x_odd.to(tl.float32)
-        product = tl.dot(even, tl.trans(x_even))
-        product = tl.dot(odd, tl.trans(x_odd), product)
+        product = tl.dot(even, x_even)
+        product = tl.dot(odd, x_odd, product)
         acc += product * factor[:, None]
     mask = (rows >= 0)[:, None] & (token < tokens)[None, :]
     _finish(
         acc, token, row + rows, mask, bias, y, parts, counters, pid, part, total, total,
         SPLIT, BIAS, TOKENS,
     )  # fmt: skip
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] in the order in which the kernels read it; one more launch."""
+    tokens, columns = x.shape
+    if tokens == 1:
+        words = columns // 8
+        planes = torch.empty((9, words), dtype=torch.float32, device=x.device)
+        _spread_one_kernel[(triton.cdiv(words, 256),)](x, planes, words, SIZE=256, num_warps=2)
+        return planes
+    planes = torch.empty((2, MAX_TOKENS, columns // 2), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(columns // 2, 512), MAX_TOKENS)
+    _spread_kernel[grid](x, planes, columns, tokens, SIZE=512, TOKENS=MAX_TOKENS, num_warps=2)
+    return planes
 
 
 class Scratch:
@@ -273,6 +311,7 @@ def multiply(
     bias: torch.Tensor | None,
     scratch: Scratch,
     config: Config | None = None,
+    planes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The products of x with up to three packed weights, side by side.
 
@@ -284,6 +323,7 @@ def multiply(
     total = sum(rows)
     config = config or choose(tokens, rows, columns, x.device)
     y = torch.empty((tokens, total), dtype=x.dtype, device=x.device)
+    planes = spread(x) if planes is None else planes
     padded = 1 if tokens == 1 else MAX_TOKENS
     if config.split > 1:
         scratch.hold(config.split * padded * total, total // config.rows)
@@ -307,12 +347,12 @@ def multiply(
     )  # fmt: skip
     if tokens == 1:
         words = weights[0].codes.view(torch.int32)
-        _one_token_kernel[grid](x, words, *operands, RUNS=config.runs, **constants)
+        _one_token_kernel[grid](planes, words, *operands, RUNS=config.runs, **constants)
     else:
         pairs = weights[0].codes.view(torch.int8)
         asm = not interpreted()
         _tokens_kernel[grid](
-            x, pairs, *operands, tokens, TOKENS=MAX_TOKENS, ASM=asm, **constants
+            planes, pairs, *operands, tokens, TOKENS=MAX_TOKENS, ASM=asm, **constants
         )
     return y
 
