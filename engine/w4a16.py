@@ -217,8 +217,9 @@ def _spread_kernel(x, planes, K, tokens, SIZE: tl.constexpr, TOKENS: tl.constexp
     token = tl.program_id(1)
     half = K // 2
     there = at < half
+    filled = at < tl.where(token < tokens, half, 0)
     for odd in tl.static_range(2):
-        value = tl.load(x + token * K + at * 2 + odd, mask=there & (token < tokens), other=0.0)
+        value = tl.load(x + token * K + at * 2 + odd, mask=filled, other=0.0)
         tl.store(planes + (odd * TOKENS + token) * half + at, value, mask=there)
 
 
