@@ -36,6 +36,7 @@ class Window:
         self._bounds = (self._count, self._room)
         self._travelled = 0  # so that ranks need not change when the position does
         self._head = self._length = 0  # of the window, in what streams
+        self._position = position
         self._start(position)
 
     def rank(self, weight: int) -> int:
