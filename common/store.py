@@ -164,11 +164,11 @@ class Store:
             raise StoreError(f"{self.path / file}: cannot read {name}: {error}") from error
 
     def _read_into(self, file: str, name: str, destination: torch.Tensor) -> None:
-        view = memoryview(destination.numpy())
+        view = destination.numpy().data
         try:
             with self._lock:
                 if file not in self._fds:
-                    self._offsets |= read_header(self.path / file).offsets
+                    self._offsets.update(read_header(self.path / file).offsets)
                     self._fds[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
             fd, at = self._fds[file], self._offsets[name]
             while view:
