@@ -77,18 +77,19 @@ class StatusRequests:
 
 @dataclass
 class _Resize:
-    peer: bytes
-    strategy: Strategy
-    cache: Cache
+    """``carry_out`` makes the new segment, and answers whoever asked for it."""
+
+    carry_out: Callable[[], Strategy]
     retiring: bool = False
 
 
 class SwapRequests:
-    """At most one swap at a time. ``waiting``: one waits for the slots to come back."""
+    """At most one new segment at a time. ``waiting``: one waits for the slots to come back."""
 
     def __init__(self, reply: Reply, scheduler: Scheduler, slots: SlotMemory) -> None:
         self._reply, self._scheduler, self._slots = reply, scheduler, slots
         self._resize: _Resize | None = None
+        self._shrink: _Resize | None = None  # waits for a swap to be done
 
     @property
     def waiting(self) -> bool:
@@ -109,19 +110,38 @@ class SwapRequests:
             return
         has = scheduler.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        if fits and not swap.cache:
+        if (fits or cache.auto) and not swap.cache:
             scheduler.set_strategy(strategy)
-            self._done(peer)
+            self._done(peer, strategy)
             return
-        self._resize = _Resize(peer, strategy, cache)
+        self._resize = _Resize(lambda: self._swap(peer, strategy, cache))
         scheduler.drain()
+
+    def shrink(self, size_bytes: int, answer: Callable[[int], object]) -> None:
+        """The engine is short of so many bytes. ``answer`` is told how many it got, 0 if none."""
+
+        def carry_out() -> Strategy:
+            answer(self._slots.shrink(size_bytes))
+            return self._scheduler.strategy
+
+        self._shrink = _Resize(carry_out)
+        self._begin_shrink()
+
+    def forget_engine(self) -> None:
+        """Nobody waits for a shrink any more that has not begun."""
+        self._shrink = None
+
+    def _begin_shrink(self) -> None:
+        if self._shrink is not None and self._resize is None:
+            self._resize, self._shrink = self._shrink, None
+            self._scheduler.drain()
 
     def go_on(self, mapped: bool, retire: Callable[[], object]) -> bool:
         """Called when the loop has done its work: whether there is a new segment to export.
 
         ``mapped``: an engine still has the old one; ``retire`` tells it to unmap that.
         """
-        resize, slots = self._resize, self._slots
+        resize = self._resize
         if resize is None or not self._scheduler.drained:
             return False
         if mapped:
@@ -130,19 +150,23 @@ class SwapRequests:
                 retire()
             return False
         self._resize = None
-        refused = slots.replace(resize.strategy, resize.cache)
-        strategy = self._scheduler.strategy if refused else resize.strategy
-        self._scheduler.resize(slots.capacity, strategy)
-        if refused:
-            self._reply(resize.peer, p.Failure("memory", refused))
-        else:
-            self._done(resize.peer)
+        strategy = resize.carry_out()
+        self._scheduler.resize(self._slots.capacity, strategy)
+        self._begin_shrink()
         return True
 
-    def _done(self, peer: bytes) -> None:
-        capacity = self._scheduler.capacity
+    def _swap(self, peer: bytes, strategy: Strategy, cache: Cache) -> Strategy:
+        refused = self._slots.replace(strategy, cache)
+        if refused:
+            self._reply(peer, p.Failure("memory", refused))
+            return self._scheduler.strategy
+        self._done(peer, strategy)
+        return strategy
+
+    def _done(self, peer: bytes, strategy: Strategy) -> None:
+        capacity = self._slots.capacity
         text = (
-            f"strategy {self._scheduler.strategy.name}, {capacity.count} weights in"
+            f"strategy {strategy.name}, {capacity.count} weights in"
             f" {format_bytes(capacity.size_bytes)} of slots"
         )
         log.info("swapped: %s", text)

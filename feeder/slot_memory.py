@@ -7,19 +7,21 @@ from pathlib import Path
 import torch
 
 from common import protocol as p
-from common.config import Cache
+from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError
 from common.log import log
 from common.memory import Memory, Segment
 from common.plan import Capacity, Plan
-from common.process import MODEL_LOCK, Lock
+from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
-from feeder.budget import Request, engine_reserve_bytes, slot_sizes
+from feeder.budget import Request, slot_sizes
+from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 
 
 class SlotMemory:
-    """One segment at a time. ``sizes``: bytes of each weight in a slot; ``cache``: what was asked."""
+    """One segment at a time. ``sizes``: bytes of each weight in a slot; ``cache``: what was asked;
+    ``footprint``: what is left to all that is not slots."""
 
     def __init__(
         self,
@@ -29,12 +31,18 @@ class SlotMemory:
         directory: Path,
         cache: Cache,
         strategy: Strategy,
+        limits: Limits | None = None,
     ) -> None:
-        """Raises MemoryShortageError where not even one weight fits."""
+        """What ``memory`` has allocated by now is the staging.
+
+        Raises MemoryShortageError where not even one weight fits.
+        """
         self.store, self.memory, self.dtype, self.cache = store, memory, dtype, cache
-        self._directory = directory
+        self._directory, self._limits = directory, limits or Limits()
+        self._given_bytes = 0  # to the engine, beyond its share
         self.sizes = slot_sizes(store, dtype)
         self.plan = Plan(tuple(range(len(store.weights))))
+        self.footprint = self._choose_footprint()
         self.capacity = self.fitting(strategy, cache)
         self.segment_id = 0
         self._segment: Segment = memory.allocate(self.capacity.size_bytes)
@@ -44,14 +52,38 @@ class SlotMemory:
 
         ``instead``: as if the present segment were given up for it.
         """
-        engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
         free = self.memory.free_bytes() + (self._segment.size_bytes if instead else 0)
-        reserve = engine_reserve_bytes(self.store, self.memory.device, engine_runs)
-        request = Request(self.plan, self.sizes, [w.name for w in self.store.weights], cache)
-        capacity, cut = request.capacity(strategy, free - reserve)
+        room = self._room(self.footprint, free)
+        names = [weight.name for weight in self.store.weights]
+        largest = max(range(len(names)), key=lambda weight: self.sizes[weight])
+        short = room.shortage(self.sizes[largest], names[largest])
+        request = Request(self.plan, self.sizes, names, cache)
+        capacity, cut = request.capacity(strategy, room.size_bytes, room.has, short)
         if cut and not instead:
             log.warning("%s", cut)
         return capacity
+
+    def _choose_footprint(self) -> Footprint:
+        """With passes as long as they can be if at least the largest weight is to have a slot."""
+        memory, free_bytes = self.memory, self.memory.free_bytes()
+        choices = footprints(self.store, self.dtype, memory.device, self._limits, memory.allocated)
+        for footprint in choices:
+            if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):
+                break
+        return footprint
+
+    def _room(self, footprint: Footprint, free_bytes: int) -> Room:
+        if Lock.holder(self._directory / ENGINE_LOCK) is None:
+            self._given_bytes = 0  # the engine that got them is gone
+        engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
+        return slot_room(footprint, self._limits, free_bytes, engine_runs, self._given_bytes)
+
+    @property
+    def engine_bytes(self) -> int:
+        """What the engine may allocate for itself; 0 for whatever is free."""
+        if self._limits.vram_bytes is None:
+            return 0
+        return self.footprint.engine_bytes + self._given_bytes
 
     def data(self, weight: int, offset_bytes: int) -> torch.Tensor:
         """The bytes, uint8, of ``weight`` in the slot that begins at ``offset_bytes``."""
@@ -78,6 +110,24 @@ class SlotMemory:
             return f"{error}: cache and strategy stay as they were"
         self.capacity, self.cache = capacity, cache
         return ""
+
+    def shrink(self, size_bytes: int) -> int:
+        """A segment that is smaller by so many bytes, or as many as leave room for the largest weight;
+        no slot may be in use. Returns how many they are: 0 if it stays as it is."""
+        has = self.capacity.size_bytes
+        smaller = max(has - size_bytes, *self.sizes)
+        if smaller >= has:
+            return 0
+        self._segment.close()
+        self.segment_id += 1
+        self._segment = self.memory.allocate(smaller)
+        self.capacity = Capacity(self.capacity.count, smaller)
+        self._given_bytes += has - smaller
+        log.warning(
+            "the engine is short of device memory: slots shrink from %s to %s",
+            format_bytes(has), format_bytes(smaller),
+        )  # fmt: skip
+        return has - smaller
 
     def close(self) -> None:
         self._segment.close()
