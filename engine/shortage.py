@@ -36,8 +36,12 @@ class MemoryKeeper:
         self._config = model.config.to_dict()
         self._itemsize = model.dtype.itemsize
         self._forward = model.forward
-        # ``generate`` looks at the signature, which a wrapper keeps.
-        model.forward = functools.wraps(model.forward)(self._survive)
+
+        @functools.wraps(model.forward)  # ``generate`` looks at its signature
+        def forward(*arguments: Any, **named: Any) -> Any:
+            return self._survive(*arguments, **named)
+
+        model.forward = forward
 
     def chunk(self, tokens: int) -> int | None:
         """How many of a prompt's ``tokens`` a pass may take; None if all of them. Slots give what the

@@ -89,7 +89,7 @@ class SwapRequests:
     def __init__(self, reply: Reply, scheduler: Scheduler, slots: SlotMemory) -> None:
         self._reply, self._scheduler, self._slots = reply, scheduler, slots
         self._resize: _Resize | None = None
-        self._shrink: _Resize | None = None  # waits for a swap to be done
+        self._shrink: tuple[int, Callable[[int], object]] | None = None  # waits for a swap
 
     @property
     def waiting(self) -> bool:
@@ -100,7 +100,7 @@ class SwapRequests:
         scheduler, slots = self._scheduler, self._slots
         try:
             if self._resize is not None:
-                raise UsageError("a swap is under way: try again when it is done")
+                raise UsageError("the slots are being changed already: try again when that is done")
             now = scheduler.strategy
             cache = Cache.parse(swap.cache) if swap.cache else slots.cache
             strategy = make_strategy(swap.strategy or now.spec or now.name)
@@ -119,12 +119,7 @@ class SwapRequests:
 
     def shrink(self, size_bytes: int, answer: Callable[[int], object]) -> None:
         """The engine is short of so many bytes. ``answer`` is told how many it got, 0 if none."""
-
-        def carry_out() -> Strategy:
-            answer(self._slots.shrink(size_bytes))
-            return self._scheduler.strategy
-
-        self._shrink = _Resize(carry_out)
+        self._shrink = (size_bytes, answer)
         self._begin_shrink()
 
     def forget_engine(self) -> None:
@@ -132,9 +127,21 @@ class SwapRequests:
         self._shrink = None
 
     def _begin_shrink(self) -> None:
-        if self._shrink is not None and self._resize is None:
-            self._resize, self._shrink = self._shrink, None
-            self._scheduler.drain()
+        if self._shrink is None or self._resize is not None:
+            return
+        (asked, answer), self._shrink = self._shrink, None
+        spare = self._slots.spare_bytes(asked)
+        if spare == 0:
+            answer(0)
+            return
+
+        def carry_out() -> Strategy:
+            self._slots.shrink(spare)
+            answer(spare)
+            return self._scheduler.strategy
+
+        self._resize = _Resize(carry_out)
+        self._scheduler.drain()
 
     def go_on(self, mapped: bool, retire: Callable[[], object]) -> bool:
         """Called when the loop has done its work: whether there is a new segment to export.

@@ -111,23 +111,23 @@ class SlotMemory:
         self.capacity, self.cache = capacity, cache
         return ""
 
-    def shrink(self, size_bytes: int) -> int:
-        """A segment that is smaller by so many bytes, or as many as leave room for the largest weight;
-        no slot may be in use. Returns how many they are: 0 if it stays as it is."""
+    def spare_bytes(self, size_bytes: int) -> int:
+        """So many bytes of the segment, or as many as leave room for the largest weight."""
+        return min(size_bytes, self.capacity.size_bytes - max(self.sizes))
+
+    def shrink(self, size_bytes: int) -> None:
+        """A segment that is smaller by so many bytes, which are to be spare; no slot may be in use."""
         has = self.capacity.size_bytes
-        smaller = max(has - size_bytes, *self.sizes)
-        if smaller >= has:
-            return 0
+        smaller = has - size_bytes
         self._segment.close()
         self.segment_id += 1
         self._segment = self.memory.allocate(smaller)
         self.capacity = Capacity(self.capacity.count, smaller)
-        self._given_bytes += has - smaller
+        self._given_bytes += size_bytes
         log.warning(
             "the engine is short of device memory: slots shrink from %s to %s",
             format_bytes(has), format_bytes(smaller),
         )  # fmt: skip
-        return has - smaller
 
     def close(self) -> None:
         self._segment.close()
