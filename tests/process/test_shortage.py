@@ -110,9 +110,9 @@ def test_a_pass_that_runs_out_of_memory_is_made_again(
 def test_when_slots_cannot_make_room_it_says_so(room: Room, small_store: Path) -> None:
     with fed.model(room, small_store, "--cache=-1", "--dtype=float32") as (model, engine):
         keeper = MemoryKeeper(model, engine.client, engine.memory)
-        with runs_out(attention(0)(model), *range(100)) as made:
-            with pytest.raises(MemoryShortageError) as caught:
-                generate(engine, model, keeper)
+        failing = runs_out(attention(0)(model), *range(100))
+        with failing as made, pytest.raises(MemoryShortageError) as caught:
+            generate(engine, model, keeper)
         assert "(CUDA out of memory. Tried to allocate 1.50 GiB) and the slots cannot" in str(
             caught.value
         )
