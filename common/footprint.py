@@ -10,7 +10,7 @@ from typing import Any
 
 from common.qwen2 import attention_widths
 
-#: What torch's allocator and cuBLAS take however short the pass: two workspaces of 32 MiB.
+#: What cuBLAS takes once, for good, however short the passes: two workspaces of 32 MiB.
 WORKSPACE_BYTES = 64 << 20
 #: A prompt is split into passes of whole multiples of this; shorter ones would not use the device.
 PASS_STEP = 256
@@ -42,7 +42,7 @@ def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     norm = 3 * hidden * 4  # computed in float32
     stream = 2 * hidden * itemsize  # the residual and what the block was given
     logits = 8 * int(config["vocab_size"]) * 4  # in float32, sorted and summed up by the sampling
-    return WORKSPACE_BYTES + tokens * (max(mlp, attention, norm) + stream) + logits
+    return tokens * (max(mlp, attention, norm) + stream) + logits
 
 
 def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: int) -> int:
@@ -51,6 +51,14 @@ def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: 
     room_bytes -= kv_bytes(config, tokens, itemsize)
     if activation_bytes(config, tokens, itemsize) <= room_bytes:
         return tokens
-    fixed = activation_bytes(config, 0, itemsize)
-    step = activation_bytes(config, PASS_STEP, itemsize) - fixed
+    fixed = split_bytes(config, tokens, 0, itemsize)
+    step = split_bytes(config, tokens, PASS_STEP, itemsize) - fixed
     return min(tokens, max(1, (room_bytes - fixed) // step) * PASS_STEP)
+
+
+def split_bytes(config: dict[str, Any], tokens: int, chunk: int, itemsize: int) -> int:
+    """As `activation_bytes`, for a pass of ``chunk`` of a prompt's ``tokens``, the others before it:
+    its attention has a mask, and then torch wants keys and values for every head."""
+    query, _ = attention_widths(config)
+    mask = chunk * tokens * (1 + itemsize)
+    return activation_bytes(config, chunk, itemsize) + mask + 2 * tokens * query * itemsize

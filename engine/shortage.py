@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from common.config import parse_size
 from common.errors import MemoryShortageError, UsageError
-from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens
+from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens, split_bytes
 from common.log import log
 from common.memory import Memory
 from engine.client import WeightClient
@@ -48,7 +48,8 @@ class MemoryKeeper:
         prompt needs and the engine has not."""
         config, itemsize = self._config, self._itemsize
         least = kv_bytes(config, tokens, itemsize)
-        least += activation_bytes(config, min(tokens, LONG_PROMPT_PASS), itemsize)
+        whole = activation_bytes(config, tokens, itemsize)
+        least += min(whole, split_bytes(config, tokens, LONG_PROMPT_PASS, itemsize))
         missing = least - self._memory.room_bytes()
         if missing > 0:
             self._client.shrink(max(missing, LEAST_BYTES))

@@ -14,7 +14,13 @@ import torch
 
 from common.checkpoint import EMBEDDING
 from common.config import format_bytes
-from common.footprint import PASS_STEP, activation_bytes, kv_bytes, model_context
+from common.footprint import (
+    PASS_STEP,
+    WORKSPACE_BYTES,
+    activation_bytes,
+    kv_bytes,
+    model_context,
+)
 from common.store import Store
 
 #: A process's CUDA context with the kernels that it loads: about 0.5 GB, seen on an H100.
@@ -80,7 +86,7 @@ def footprints(
     kv_cache = kv_bytes(store.config, tokens, dtype.itemsize)
     longest = min(tokens, LONGEST_PASS)
     while True:
-        activations = activation_bytes(store.config, longest, dtype.itemsize)
+        activations = activation_bytes(store.config, longest, dtype.itemsize) + WORKSPACE_BYTES
         yield Footprint(
             contexts=0 if device.type == "cpu" else 2 * CONTEXT_BYTES,
             staging=staging_bytes,

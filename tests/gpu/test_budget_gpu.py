@@ -172,7 +172,7 @@ def filled_up_at(module: nn.Module, call: int) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@pytest.mark.parametrize(("call", "tokens"), [(0, 6000), (0, 40), (7, 3000)])
+@pytest.mark.parametrize(("call", "tokens"), [(0, 4000), (0, 40), (7, 3000)])
 def test_memory_that_runs_out_comes_from_slots(
     room: Room, store: Path, call: int, tokens: int
 ) -> None:
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_comes_from_slots(
             del model, engine
         gc.collect()
         torch.cuda.empty_cache()
-        flags = ("--device=cuda", "--vram=4GB", "--context=64", "--name=default")
+        flags = ("--device=cuda", "--vram=4GB", "--context=64")
         with fed.model(room, store, *flags) as (model, engine):
             MemoryKeeper(model, engine.client, engine.memory)
             before = engine.client.ask_status()["arena_bytes"]

@@ -205,6 +205,8 @@ def test_a_long_prompt_takes_slots_and_is_split(room: Room, wide_store: Path) ->
     feeder = room.feeder(f"--model={wide_store}", *whole, "--context=1", "--vram=90MB")
     started = lives.status(room)["arena_bytes"]
     assert started >= total // 2
+    short = room.engine("--prompt=5 17 300 2", "--max-new-tokens=2").wait()
+    assert short.code == 0 and "slots shrink" not in feeder.err  # what was planned for
     split = room.engine(*flags).wait()
     assert split.code == 0, split.err
     assert "memory is short: the prompt of 3000 tokens is taken" in split.err

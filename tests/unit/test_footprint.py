@@ -16,6 +16,7 @@ from common.footprint import (
     kv_bytes,
     model_context,
     pass_tokens,
+    split_bytes,
 )
 from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
@@ -133,14 +134,20 @@ def test_more_tokens_take_more(low: int, more: int, name: str) -> None:
 def test_a_pass_takes_what_there_is_room_for(tokens: int, room: int) -> None:
     found = pass_tokens(BIG, tokens, 2, room)
     assert 1 <= found <= tokens
-    needs = kv_bytes(BIG, tokens, 2) + activation_bytes(BIG, found, 2)
+    room -= kv_bytes(BIG, tokens, 2)
     if found == tokens:
-        assert needs <= room or tokens <= PASS_STEP
+        assert activation_bytes(BIG, tokens, 2) <= room or tokens <= PASS_STEP
     else:
+        assert activation_bytes(BIG, tokens, 2) > room  # not without need
         assert found % PASS_STEP == 0
-        assert needs <= room or found == PASS_STEP
-        more = activation_bytes(BIG, found + PASS_STEP, 2)
-        assert kv_bytes(BIG, tokens, 2) + more > room
+        assert split_bytes(BIG, tokens, found, 2) <= room or found == PASS_STEP
+        assert split_bytes(BIG, tokens, found + PASS_STEP, 2) > room
+
+
+def test_a_part_of_a_prompt_by_hand() -> None:
+    masked = 1024 * 8192 * 3  # a byte, and two of bfloat16
+    heads = 2 * 8192 * 5120 * 2  # keys and values for each of 40 heads
+    assert split_bytes(BIG, 8192, 1024, 2) == activation_bytes(BIG, 1024, 2) + masked + heads
 
 
 def test_a_shortage_is_one_line_that_adds_up() -> None:
