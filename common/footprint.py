@@ -12,6 +12,9 @@ from common.qwen2 import attention_widths
 
 #: What cuBLAS takes once, for good, however short the passes: two workspaces of 32 MiB.
 WORKSPACE_BYTES = 64 << 20
+#: Of packed weights the engine dequantizes so much at once: the largest matrix of a 32B model,
+#: 27648 x 5120, as bf16 270 MiB.
+SCRATCH_ELEMENTS = 27648 * 5120
 #: A prompt is split into passes of whole multiples of this; shorter ones would not use the device.
 PASS_STEP = 256
 DEFAULT_CONTEXT = 32768  # transformers' own for a config that names none

@@ -16,6 +16,7 @@ from common.checkpoint import EMBEDDING
 from common.config import format_bytes
 from common.footprint import (
     PASS_STEP,
+    SCRATCH_ELEMENTS,
     WORKSPACE_BYTES,
     activation_bytes,
     kv_bytes,
@@ -50,6 +51,7 @@ class Footprint:
     residents: int
     kv_cache: int
     activations: int
+    scratch: int
     slack: int
     tokens: int
     pass_tokens: int
@@ -57,7 +59,7 @@ class Footprint:
     @property
     def engine_bytes(self) -> int:
         """What the engine allocates, its context left out."""
-        return self.residents + self.kv_cache + self.activations + self.slack
+        return self.residents + self.kv_cache + self.activations + self.scratch + self.slack
 
     @property
     def total(self) -> int:
@@ -72,15 +74,25 @@ class Footprint:
             "embedding, norms and biases": self.residents,
             f"KV cache of {self.tokens:,} tokens": self.kv_cache,
             f"activations of {self.pass_tokens:,} tokens": self.activations,
+            "scratch for packed weights": self.scratch,
             "slack": self.slack,
         }
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
 
 def footprints(
-    store: Store, dtype: torch.dtype, device: torch.device, limits: Limits, staging_bytes: int
+    store: Store,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Limits,
+    staging_bytes: int,
+    packed: bool,
 ) -> Iterator[Footprint]:
-    """As it is best, and then with passes of fewer and fewer tokens, for devices that have less."""
+    """As it is best, and then with passes of fewer and fewer tokens, for devices that have less.
+
+    ``packed``: whether any slot holds a packed weight.
+    """
+    largest = max((entry.elements for entry in store.weights), default=0)
     most = model_context(store.config)
     tokens = min(limits.context or DEFAULT_CONTEXT, most)
     kv_cache = kv_bytes(store.config, tokens, dtype.itemsize)
@@ -93,6 +105,7 @@ def footprints(
             residents=_resident_bytes(store, dtype, device),
             kv_cache=kv_cache,
             activations=activations,
+            scratch=min(SCRATCH_ELEMENTS, largest) * dtype.itemsize if packed else 0,
             slack=(kv_cache + activations) // SLACK_SHARE,
             tokens=tokens,
             pass_tokens=longest,

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import protocol as p
-from common.config import Cache, format_bytes
+from common.config import SLOTS, Cache, format_bytes
 from common.errors import UsageError, WeightFeederError
 from common.log import log
+from feeder.budget import slot_formats
 from feeder.scheduler import Scheduler
 from feeder.slot_memory import SlotMemory
 from feeder.strategies.base import Strategy
@@ -104,17 +105,23 @@ class SwapRequests:
             now = scheduler.strategy
             cache = Cache.parse(swap.cache) if swap.cache else slots.cache
             strategy = make_strategy(swap.strategy or now.spec or now.name)
-            capacity = slots.fitting(strategy, cache, instead=True)
+            if swap.slots not in ("", *SLOTS):
+                raise UsageError(f"slots {swap.slots!r} found: expected {', '.join(SLOTS)}")
+            kind = swap.slots or slots.slots
+            capacity = slots.fitting(strategy, cache, kind, instead=True)
+            formats = slot_formats(slots.store, kind, strategy)
         except WeightFeederError as error:
             self._reply(peer, p.Failure("swap", str(error)))
             return
         has = scheduler.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        if (fits or cache.auto) and not swap.cache:
+        same = formats == slots.formats and not swap.cache
+        if same and (fits or cache.auto):
+            slots.slots = kind
             scheduler.set_strategy(strategy)
             self._done(peer, strategy)
             return
-        self._resize = _Resize(lambda: self._swap(peer, strategy, cache))
+        self._resize = _Resize(lambda: self._swap(peer, strategy, cache, kind))
         scheduler.drain()
 
     def shrink(self, size_bytes: int, answer: Callable[[int], object]) -> None:
@@ -158,12 +165,12 @@ class SwapRequests:
             return False
         self._resize = None
         strategy = resize.carry_out()
-        self._scheduler.resize(self._slots.capacity, strategy)
+        self._scheduler.resize(self._slots.capacity, strategy, self._slots.sizes)
         self._begin_shrink()
         return True
 
-    def _swap(self, peer: bytes, strategy: Strategy, cache: Cache) -> Strategy:
-        refused = self._slots.replace(strategy, cache)
+    def _swap(self, peer: bytes, strategy: Strategy, cache: Cache, kind: str) -> Strategy:
+        refused = self._slots.replace(strategy, cache, kind)
         if refused:
             self._reply(peer, p.Failure("memory", refused))
             return self._scheduler.strategy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,19 +11,20 @@ import torch
 from common import protocol as p
 from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError
+from common.formats import DEQUANTIZED, PACKED, slot_bytes
 from common.log import log
 from common.memory import Memory, Segment
 from common.plan import Capacity, Plan
 from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
-from feeder.budget import Request, slot_sizes
+from feeder.budget import Request, slot_formats, slot_sizes
 from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 
 
 class SlotMemory:
-    """One segment at a time. ``sizes``: bytes of each weight in a slot; ``cache``: what was asked;
-    ``footprint``: what is left to all that is not slots."""
+    """One segment at a time. ``formats`` and ``sizes``: what each weight is in a slot, and its bytes;
+    ``cache`` and ``slots``: what was asked; ``footprint``: what is left to all that is not slots."""
 
     def __init__(
         self,
@@ -31,33 +34,43 @@ class SlotMemory:
         directory: Path,
         cache: Cache,
         strategy: Strategy,
+        slots: str,
+        staging: Callable[[bool], None],
         limits: Limits | None = None,
     ) -> None:
-        """What ``memory`` has allocated by now is the staging.
+        """``staging`` is told, before memory is shared out, whether slots are to be dequantized into.
+        It allocates in ``memory``, and nobody else does.
 
         Raises MemoryShortageError where not even one weight fits.
         """
         self.store, self.memory, self.dtype, self.cache = store, memory, dtype, cache
+        self.slots = slots
+        self._staging = staging
         self._directory, self._limits = directory, limits or Limits()
         self._given_bytes = 0  # to the engine, beyond its share
-        self.sizes = slot_sizes(store, dtype)
+        self.formats = slot_formats(store, slots, strategy)
+        self.sizes = slot_sizes(store, dtype, self.formats)
         self.plan = Plan(tuple(range(len(store.weights))))
+        self._stage(self.formats)
         self.footprint = self._choose_footprint()
-        self.capacity = self.fitting(strategy, cache)
+        self.capacity = self.fitting(strategy, cache, slots)
         self.segment_id = 0
         self._segment: Segment = memory.allocate(self.capacity.size_bytes)
 
-    def fitting(self, strategy: Strategy, cache: Cache, instead: bool = False) -> Capacity:
+    def fitting(
+        self, strategy: Strategy, cache: Cache, slots: str, instead: bool = False
+    ) -> Capacity:
         """What ``cache`` comes to on this device now. MemoryShortageError if that is not one weight.
 
         ``instead``: as if the present segment were given up for it.
         """
         free = self.memory.free_bytes() + (self._segment.size_bytes if instead else 0)
-        room = self._room(self.footprint, free)
+        room = self._room(replace(self.footprint, staging=self._staging_bytes), free)
         names = [weight.name for weight in self.store.weights]
-        largest = max(range(len(names)), key=lambda weight: self.sizes[weight])
-        short = room.shortage(self.sizes[largest], names[largest])
-        request = Request(self.plan, self.sizes, names, cache)
+        sizes = slot_sizes(self.store, self.dtype, slot_formats(self.store, slots, strategy))
+        largest = max(range(len(names)), key=lambda weight: sizes[weight])
+        short = room.shortage(sizes[largest], names[largest])
+        request = Request(self.plan, sizes, names, cache)
         capacity, cut = request.capacity(strategy, room.size_bytes, room.has, short)
         if cut and not instead:
             log.warning("%s", cut)
@@ -66,11 +79,19 @@ class SlotMemory:
     def _choose_footprint(self) -> Footprint:
         """With passes as long as they can be if at least the largest weight is to have a slot."""
         memory, free_bytes = self.memory, self.memory.free_bytes()
-        choices = footprints(self.store, self.dtype, memory.device, self._limits, memory.allocated)
+        choices = footprints(
+            self.store, self.dtype, memory.device, self._limits, self._staging_bytes,
+            packed=PACKED in self.formats,
+        )  # fmt: skip
         for footprint in choices:
             if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):
                 break
         return footprint
+
+    def _stage(self, formats: list[str]) -> None:
+        """There is no segment now: all that is allocated is the staging."""
+        self._staging(DEQUANTIZED in formats)
+        self._staging_bytes = self.memory.allocated
 
     def _room(self, footprint: Footprint, free_bytes: int) -> Room:
         if Lock.holder(self._directory / ENGINE_LOCK) is None:
@@ -91,24 +112,29 @@ class SlotMemory:
 
     def weight_bytes(self, weight: int) -> int:
         """What the weight takes in a slot, less the padding."""
-        return self.store.weights[weight].elements * self.dtype.itemsize
+        elements = self.store.weights[weight].elements
+        return slot_bytes(self.formats[weight], elements, self.dtype.itemsize)
 
     def export(self) -> p.Export:
         """What an engine needs to map the segment."""
         segment = self._segment
         return p.Export(self.segment_id, segment.kind, segment.size_bytes, segment.handle)
 
-    def replace(self, strategy: Strategy, cache: Cache) -> str:
+    def replace(self, strategy: Strategy, cache: Cache, slots: str) -> str:
         """A segment for another cache; no slot may be in use. "" or why it stayed as it was."""
         self._segment.close()
         self.segment_id += 1
         try:
-            capacity = self.fitting(strategy, cache)
+            self._stage(slot_formats(self.store, slots, strategy))
+            capacity = self.fitting(strategy, cache, slots)
             self._segment = self.memory.allocate(capacity.size_bytes)
         except MemoryShortageError as error:
+            self._stage(self.formats)
             self._segment = self.memory.allocate(self.capacity.size_bytes)
             return f"{error}: cache and strategy stay as they were"
-        self.capacity, self.cache = capacity, cache
+        self.capacity, self.cache, self.slots = capacity, cache, slots
+        self.formats = slot_formats(self.store, slots, strategy)
+        self.sizes = slot_sizes(self.store, self.dtype, self.formats)
         return ""
 
     def spare_bytes(self, size_bytes: int) -> int:

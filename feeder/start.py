@@ -62,17 +62,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(wakeup.close)
         filler = filler_for(host, memory, wakeup)
         feeder = Feeder(
-            host,
-            memory,
-            filler,
-            wakeup,
-            directory,
-            dtype,
-            cache,
-            strategy,
-            arguments.verify,
-            limits,
-        )
+            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.slots,
+            arguments.verify, limits,
+        )  # fmt: skip
         stack.callback(feeder.close)
         capacity = feeder.scheduler.capacity
         log.info(

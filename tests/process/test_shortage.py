@@ -107,6 +107,21 @@ def test_a_pass_that_runs_out_of_memory_is_made_again(
         assert fields["fills"] > after["fills"] and fields["ignored"] == 0
 
 
+def test_packed_slots_make_room_too(room: Room, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", hidden=128, intermediate=320, layers=3)
+    quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
+    flags = ("--cache=-1", "--slots=packed", "--dtype=float32")
+    with fed.model(room, tmp_path / "store", *flags) as (model, engine):
+        keeper = MemoryKeeper(model, engine.client, engine.memory)
+        expected = generate(engine, model, keeper).ids
+        before = lives.status(room)["arena_bytes"]
+        assert before < sum(entry.elements for entry in engine.store.weights)  # they are packed
+        with runs_out(attention(2)(model), 0):
+            found = generate(engine, model, keeper).ids
+        assert found == expected
+        assert lives.status(room)["arena_bytes"] < before // 4
+
+
 def test_when_slots_cannot_make_room_it_says_so(room: Room, small_store: Path) -> None:
     with fed.model(room, small_store, "--cache=-1", "--dtype=float32") as (model, engine):
         keeper = MemoryKeeper(model, engine.client, engine.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from common.footprint import (
 )
 from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
-from common.store import ResidentEntry, Store
+from common.store import ResidentEntry, Store, WeightEntry
 from feeder.footprint import MARGIN_BYTES, Footprint, Limits, footprints, slot_room
 
 BIG = SHAPES["qwen2.5-32b"]
@@ -43,7 +44,7 @@ def best(
     staging: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Footprint:
-    return next(footprints(store(config), dtype, device, limits, staging))
+    return next(footprints(store(config), dtype, device, limits, staging, packed=False))
 
 
 def test_the_32b_by_hand() -> None:
@@ -71,6 +72,23 @@ def test_the_embedding_is_counted_where_it_is() -> None:
     assert best(BIG, dtype=torch.float32).residents == 2 * best(BIG).residents
 
 
+def test_packed_weights_need_scratch_for_many_tokens() -> None:
+    linear, _ = expected_tensors(BIG)
+    entries = tuple(WeightEntry(n, s, "", 0, 0, "", "") for n, s in linear.items())
+    weights = replace(store(BIG), weights=entries)
+    packed, dequantized = (
+        next(footprints(weights, torch.bfloat16, CUDA, Limits(), 0, packed=on))
+        for on in (True, False)
+    )
+    assert (packed.scratch, dequantized.scratch) == (283_115_520, 0)  # 27648 x 5120 x 2
+    assert packed.total - dequantized.total == 283_115_520
+    assert "scratch for packed weights 283 MB" in str(packed)
+    assert "scratch" not in str(dequantized)
+    small = replace(weights, weights=entries[:1])
+    found = next(footprints(small, torch.bfloat16, CUDA, Limits(), 0, packed=True))
+    assert found.scratch == 5120 * 5120 * 2
+
+
 def test_the_cpu_has_no_context_to_pay_for() -> None:
     assert best(BIG, device=CPU).contexts == 0
 
@@ -93,12 +111,12 @@ def test_a_config_that_names_no_context() -> None:
 
 
 def test_passes_become_shorter_down_to_a_step() -> None:
-    found = [*footprints(store(BIG), torch.bfloat16, CUDA, Limits(), 0)]
+    found = [*footprints(store(BIG), torch.bfloat16, CUDA, Limits(), 0, False)]
     assert [f.pass_tokens for f in found] == [4096, 2048, 1024, 512, 256]
     assert len({f.kv_cache for f in found}) == 1
     totals = [f.total for f in found]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 5
-    short = footprints(store(BIG), torch.bfloat16, CUDA, Limits(context=7), 0)
+    short = footprints(store(BIG), torch.bfloat16, CUDA, Limits(context=7), 0, False)
     assert [f.pass_tokens for f in short] == [7]
 
 
@@ -111,7 +129,7 @@ def test_the_parts_and_the_slots_are_never_more_than_vram(
     vram: int, free: int, context: int, given_up: int, staging: int, runs: bool
 ) -> None:
     limits = Limits(vram, context)
-    for footprint in footprints(store(BIG), torch.bfloat16, CUDA, limits, staging):
+    for footprint in footprints(store(BIG), torch.bfloat16, CUDA, limits, staging, False):
         room = slot_room(footprint, limits, free, runs, given_up).size_bytes
         assert room + footprint.total + given_up <= vram
         assert room <= free - MARGIN_BYTES
