@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,25 @@ class WeightClient:
             for lease in leases or ():
                 self._taken(lease)
             return leases
+
+    def try_hold(self, weights: Sequence[int]) -> list[Lease] | None:
+        """The leases of all ``weights`` if all are here to stay; else None, and none is taken. They may
+        be held over many passes, as long as `recalled` says False, and are released in the end."""
+        with self._lock:
+            self._turn()
+            if self._verify or not self._ledger.standing(weights):
+                return None  # in verify mode each use is checked
+            return self._ledger.take_all(weights)
+
+    def recalled(self, leases: Iterable[Lease]) -> bool:
+        """Whether the feeder wants any of these held leases back, or is gone: release them."""
+        with self._lock:
+            self._turn()
+            return any(lease.recalled for lease in leases)
+
+    def used(self, count: int) -> None:
+        """So many weights were used that are held."""
+        self.stats.uses += count
 
     def release(self, lease: Lease) -> None:
         """The work queued so far is the last that reads the lease."""

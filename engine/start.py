@@ -68,9 +68,11 @@ def _generate(
     output: TextIO,
 ) -> None:
     from engine.generate import Generator
+    from engine.loop import Loop
     from engine.model import build_model
     from engine.report import Report, print_summary
     from engine.shortage import MemoryKeeper
+    from engine.step import Step, supports
     from engine.text import codec_for
 
     feeder = client.wait_for_feeder()
@@ -90,7 +92,12 @@ def _generate(
     model = build_model(store, client, memory, dtype, arguments.attention)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     keeper = MemoryKeeper(model, client, memory)
-    generator = Generator(model, codec, sampling, arguments.raw, keeper.chunk)
+    reason = supports(model)
+    if reason:
+        log.debug("tokens take transformers' own forward pass: %s", reason)
+    step = None if reason or arguments.no_step else Step(model, client)
+    loop = Loop(step, keeper.survive)
+    generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client)
