@@ -15,7 +15,8 @@ _EVENTS = ("needed", "released", "filled", "freed")
 
 
 class Advisor:
-    """``kept``: what the strategy keeps, checked. ``cyclic``: its wishes need not be asked for.
+    """``kept``: what the strategy keeps, checked. ``cyclic``, ``recent``: its wishes need not be asked
+    for; ``recent`` are those of ``on-demand``.
 
     ``failed`` is called, with one line, when a strategy raised or answered nonsense. It puts
     another in its place.
@@ -25,6 +26,7 @@ class Advisor:
         self.strategy, self._failed = strategy, failed
         self.kept: frozenset[int] = frozenset()
         self.cyclic = False
+        self.recent: dict[int, None] | None = None
         self._total = 0
         self._listens: set[str] = set()
 
@@ -33,8 +35,9 @@ class Advisor:
     ) -> None:
         """From now on this one is asked."""
         self.strategy, self._total = strategy, len(sizes)
-        kind = type(strategy)
-        self.cyclic = kind.wanted is Cyclic.wanted and "wanted" not in vars(strategy)
+        kind, own = type(strategy), "wanted" in vars(strategy)
+        self.cyclic = kind.wanted is Cyclic.wanted and not own
+        self.recent = strategy.recent if type(strategy) is OnDemand and not own else None
         self._listens = {n for n in _EVENTS if getattr(kind, n) is not getattr(Strategy, n)}
         self._guard(lambda: strategy.begin(plan, sizes, capacity))
 

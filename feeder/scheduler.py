@@ -19,7 +19,7 @@ from feeder.arena import Arena, aligned
 from feeder.ranked import FIRST, weight_of
 from feeder.strategies.base import Strategy
 from feeder.strategies.on_demand import OnDemand
-from feeder.target import NOTHING, Listed, Window
+from feeder.target import NOTHING, Listed, Recent, Window
 
 #: Bytes of slots that may be on their way at once. Enough to keep the link busy across the feeder's
 #: own latency; little enough that a weight nobody foresaw does not wait behind a long queue.
@@ -106,6 +106,7 @@ class Scheduler:
         self._revoked_bytes = 0
         self._agenda = Agenda(self.slots)
         self._stale = True  # something has happened that may change the target
+        self._told: list[int] = []  # what the strategy was told of since the target was followed
         self._window: Window | None = None  # the target of a cyclic strategy
         self._on_fallback, self._on_evict = on_fallback, on_evict
         self._advisor = Advisor(strategy, self._fall_back)
@@ -262,7 +263,8 @@ class Scheduler:
         """Bring the target, and the index of who is in it, up to date."""
         while self._stale:  # a strategy that fails while it is asked is replaced
             self._stale = False
-            if not self._follow_window():
+            told, self._told = self._told, []
+            if not self._follow_window() and not self._follow_recent(told):
                 self._ask()
 
     def _follow_window(self) -> bool:
@@ -282,11 +284,23 @@ class Scheduler:
         agenda.set_target(window, changed if agenda.target is window else None)
         return True
 
+    def _follow_recent(self, told: list[int]) -> bool:
+        """The same for on-demand."""
+        agenda, recent = self._agenda, self._advisor.recent
+        if recent is None:
+            return False
+        target = agenda.target
+        if isinstance(target, Recent):
+            agenda.set_target(target, target.follow(told, agenda.need))
+        else:
+            agenda.set_target(Recent(recent, self.sizes, self.capacity, agenda.need), None)
+        return True
+
     def _ask(self) -> None:
         agenda, former = self._agenda, self._agenda.target
         target = Listed(self._wishes(), self.sizes, self.capacity)
         self._advisor.look_again()
-        if former is NOTHING or isinstance(former, Window):
+        if former is NOTHING or not isinstance(former, Listed):
             agenda.set_target(target, None)
         else:  # what is missing has other ranks, too
             missing = [weight for missing in agenda.missing for weight in missing]
@@ -448,6 +462,7 @@ class Scheduler:
     def _tell(self, event: str, weight: int) -> None:
         if self._advisor.tell(event, weight):
             self._stale = True
+            self._told.append(weight)
 
     def _fall_back(self, text: str) -> None:
         self._on_fallback(text)

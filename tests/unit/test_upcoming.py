@@ -168,6 +168,9 @@ def lines_an_event(name: str, total: int, count: int) -> float:
 
     obey()
     for turn in range(3 * total):
+        if turn % total not in granted and not fills:
+            scheduler.need(turn % total)
+            obey()
         while turn % total not in granted:
             scheduler.filled(fills.pop(0).slot)
             obey()
@@ -184,8 +187,10 @@ def lines_an_event(name: str, total: int, count: int) -> float:
     return lines / events
 
 
-@pytest.mark.parametrize("name", ["ring", "resident"])
-@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("ring", 0.3), ("ring", 0.8), ("resident", 0.3), ("resident", 0.8), ("on-demand", 1.0)],
+)
 def test_what_an_event_costs_does_not_grow_with_the_plan(name: str, share: float) -> None:
     few, many = (lines_an_event(name, total, int(share * total)) for total in (40, 400))
     assert many < 1.5 * few
