@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from common.entry import at_last
 from common.errors import PeerError, UsageError
 from common.log import log
 from common.memory import memory_for
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         lock.acquire()
         output = _open_output(arguments.output, stack)
         client = WeightClient(directory, leash.fd, arguments.verify)
-        stack.callback(client.close)
+        stack.push(at_last(client.close))
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         try:
@@ -101,13 +102,12 @@ def _generate(
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client)
-    try:
-        with report:
-            for prompt in prompts:
-                _answer(prompt, generator, report, output, bool(arguments.prompts))
-    finally:
-        if memory.device.type == "cuda":
-            torch.cuda.synchronize(memory.device)  # slots go back only when no kernel reads them
+    with ExitStack() as stack:
+        if memory.device.type == "cuda":  # slots go back only when no kernel reads them
+            stack.push(at_last(lambda: torch.cuda.synchronize(memory.device)))
+        stack.enter_context(report)
+        for prompt in prompts:
+            _answer(prompt, generator, report, output, bool(arguments.prompts))
     print_summary(report.summary(), arguments.json)
 
 
