@@ -92,11 +92,15 @@ class Fed:
 
     def settle(self) -> dict[str, Any]:
         """The feeder's figures once it has filled all that it wants and stands still."""
-        end, before = time.monotonic() + SETTLE_LIMIT_S, None
+        end = time.monotonic() + SETTLE_LIMIT_S
+        before, same = None, 0
         while True:
-            status = self.status()  # asking returns every slot whose kernels are complete
+            # Asking returns every slot whose kernels are complete. The feeder may answer before it
+            # acts on that, so that only the third answer is sure to come after.
+            status = self.status()
             now = tuple(status[name] for name in ("fills", "grants", "slots_in_use"))
-            if status["full"] and now == before:
+            same = same + 1 if now == before else 0
+            if status["full"] and same >= 2:
                 return status
             if time.monotonic() > end:
                 raise PeerError(f"the feeder has not come to rest in {SETTLE_LIMIT_S:.0f} s")
@@ -107,6 +111,9 @@ class Fed:
         """Another feeder, after one that ended or that hangs: the client finds it by its name."""
         self._stop_feeder()
         self._start_feeder()
+        with self.limited(START_LIMIT_S):
+            while self.client.wait_for_feeder().pid != self._feeder_pid:
+                time.sleep(_SETTLE_INTERVAL_S)
 
     def forget_peak(self) -> None:
         """``engine_peak_bytes`` is counted from now on."""
@@ -124,7 +131,7 @@ class Fed:
     def _start_feeder(self) -> None:
         with ExitStack() as stack:
             self._supervisor = stack.enter_context(_interruptible(Supervisor()))
-            self._supervisor.start("feeder", self._command)
+            self._feeder_pid = self._supervisor.start("feeder", self._command).process.pid
             import engine.model  # noqa: F401  # takes seconds, as does the feeder's loading
 
             with self.limited(START_LIMIT_S):

@@ -40,6 +40,11 @@ def _texts(found: dict[str, Any]) -> list[str]:
     if "scaled" in found:
         scaled = found["scaled"]
         texts.append(f"{scaled['label']}: {scaled['ms_per_token']:.0f} ms")
+    for name, noun in (("memory_bytes_per_s", "memory"), ("link_by_piece_bytes_per_s", "link")):
+        if found.get(name):
+            rate = found[name]
+            rate = max(rate.values()) if isinstance(rate, dict) else rate
+            texts.append(f"{noun} {rate / 1e9:.4g} GB/s")
     for mark in ("stopped_early", "cut"):
         if found.get(mark):
             texts.append(mark.replace("_", " "))

@@ -27,6 +27,7 @@ from common.memory import memory_for
 from common.process import raise_on_termination
 from feeder.strategies.registry import make_strategy
 
+MEASURED = {"ceilings", "sweep", "ttft", "baselines"}
 TOKENS, QUICK_TOKENS = 10, 3
 PROMPT_TOKENS, QUICK_PROMPT_TOKENS = (16, 512, 4096), (16, 64)
 
@@ -37,20 +38,15 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> None:
     for strategy in arguments.strategies:
         make_strategy(strategy)
     results = Results(Path(arguments.output) if arguments.output else None)
-    everything = "all" in arguments.parts
-    memory = memory_for(arguments.device)
-    with Source(arguments.store, arguments.shape, memory.device.type == "cuda") as source:
-        bench = _Bench(arguments, argv, results, source, memory.device)
-        if everything or "ceilings" in arguments.parts:
-            bench.ceilings()
-        bench.feed(
-            everything or "sweep" in arguments.parts, everything or "ttft" in arguments.parts
-        )
-        if everything or "baselines" in arguments.parts:
-            bench.baselines()
+    parts = set(MEASURED) if "all" in arguments.parts else MEASURED & set(arguments.parts)
+    if parts:
+        device = memory_for(arguments.device).device
+        wants_large = device.type == "cuda" and not arguments.quick
+        with Source(arguments.store, arguments.shape, wants_large) as source:
+            _Bench(arguments, argv, results, source, device).measure(parts)
     if arguments.plot:
         _plot(results, Path(arguments.plot), needed="plot" in arguments.parts)
-    if not arguments.output and set(arguments.parts) != {"plot"}:
+    if parts and not arguments.output:
         sys.stdout.write(results.as_json())
 
 
@@ -69,32 +65,35 @@ class _Bench:
         tokens = arguments.tokens or (QUICK_TOKENS if self._quick else TOKENS)
         self._effort = Effort(tokens, arguments.time_limit)
 
-    def ceilings(self) -> None:
+    def measure(self, parts: set[str]) -> None:
+        """What of ``parts`` is not there yet."""
+        self._begin(with_store=parts != {"ceilings"})
+        if "ceilings" in parts:
+            self._ceilings()
+        if parts & {"sweep", "ttft"}:
+            self._feed("sweep" in parts, "ttft" in parts)
+        if "baselines" in parts:
+            self._baselines()
+
+    def _ceilings(self) -> None:
         """Link, memory, dequantizer. They need no store."""
-        self._begin(with_store=False)
         if self._missing("ceilings", {}):
-            self._results.add("ceilings", {}, ceilings(memory_for(self._arguments.device)))
-            say("ceilings", "link, memory, dequantizer", {})
+            found = ceilings(memory_for(self._arguments.device))
+            self._results.add("ceilings", {}, found)
+            say("ceilings", "of this device", found)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def feed(self, with_sweep: bool, with_ttft: bool) -> None:
+    def _feed(self, with_sweep: bool, with_ttft: bool) -> None:
         """All that needs a feeder and an engine: one of each for each kind of slots."""
-        if not (with_sweep or with_ttft):
-            return
-        self._begin()
         arguments, effort = self._arguments, self._effort
         for kind in arguments.slots:
             settings = sweep_settings(
                 arguments.strategies, arguments.caches, (kind,), arguments.context, self._quick
             )
-            settings = [
-                s
-                for s in settings
-                if with_sweep and self._missing("sweep", sweep_fields(s, effort))
-            ]
-            prompts = [p for p in self._prompts(kind) if with_ttft]
-            prompts = [p for p in prompts if self._missing("ttft", ttft_fields(*p))]
+            settings = [s for s in settings if self._missing("sweep", sweep_fields(s, effort))]
+            prompts = [p for p in self._prompts(kind) if self._missing("ttft", ttft_fields(*p))]
+            settings, prompts = settings if with_sweep else [], prompts if with_ttft else []
             if not settings and not prompts:
                 continue
             with _fed(Fed(self._source.store(), arguments.device, kind)) as fed:
@@ -103,8 +102,7 @@ class _Bench:
                 if prompts:
                     ttft(fed, prompts, effort, self._results)
 
-    def baselines(self) -> None:
-        self._begin()
+    def _baselines(self) -> None:
         arguments, effort = self._arguments, self._effort
         for fields in (
             offload_fields(arguments.baseline_layers, effort),
@@ -124,8 +122,8 @@ class _Bench:
         lengths = arguments.prompt_tokens or default
         return [(setting, length) for setting in settings for length in lengths]
 
-    def _begin(self, with_store: bool = True) -> None:
-        """From here on results are of this device, and of the store if it plays a part."""
+    def _begin(self, with_store: bool) -> None:
+        """Results are of this device, and of the store if it plays a part."""
         name = device_name(self._arguments.device)
         facts: dict[str, object] = {}
         if with_store:

@@ -19,14 +19,16 @@ _DEMO = ROOT / "demo" / "model"
 class Source:
     """Opens the store when it is first asked for; ``with`` removes what was made for it."""
 
-    def __init__(self, store: str | None, shape: str | None, on_gpu: bool) -> None:
-        """UsageError if the flags contradict each other or name what there is not."""
+    def __init__(self, store: str | None, shape: str | None, large: bool) -> None:
+        """``large``: whether it is a 32B's shape if neither is named, else the demo's.
+
+        UsageError if the flags contradict each other or name what there is not."""
         if store and shape:
             raise UsageError("--store and --shape: give one of them")
         if shape and shape not in SHAPES:
             raise UsageError(f"shape {shape!r} is not known: name one of {', '.join(SHAPES)}")
         self._path = store
-        self._shape = shape or (DEFAULT_SHAPE if on_gpu else None)
+        self._shape = shape or (DEFAULT_SHAPE if large else None)
         self._made: str | None = None
         self._store: Store | None = None
 
