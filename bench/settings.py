@@ -12,7 +12,7 @@ from typing import Any
 STRATEGIES = ("on-demand", "ring", "resident")
 COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "-1")
 SIZES = ("4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "16GiB", "20GiB", "24GiB")
-QUICK_COUNTS = ("1", "2", "16", "-1")
+QUICK_COUNTS = ("1", "16", "-1")
 QUICK_SIZES = ("4MiB",)
 
 #: What slots can hold. Another kind is added here, and nowhere else in bench: a feeder of its own is
