@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from common.checksum import checksum
 from common.errors import ConfigError
@@ -24,6 +23,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any, prompt_tokens: int, new_tokens: int, context: int = 0) -> None:
+        from transformers import DynamicCache  # slow: a feeder that loads should not wait for it
+
         self._model, self._device = model, model.device
         config = model.config
         longest, total = config.max_position_embeddings, context + prompt_tokens + new_tokens

@@ -156,7 +156,9 @@ class Fed:
             self.memory = memory_for(feeder.device)
             self.client.use(self.memory)
             if self.memory.device.type == "cpu":  # the feeder needs a core of its own
-                torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+                threads = torch.get_num_threads()
+                stack.callback(torch.set_num_threads, threads)
+                torch.set_num_threads(max(1, threads - 1))
             self.dtype: torch.dtype = getattr(torch, feeder.dtype)
             self.model = build_model(self.store, self.client, self.memory.device, self.dtype)
         model_lock = Lock(directory / MODEL_LOCK, "engine")
