@@ -163,14 +163,15 @@ def test_what_fails_is_recorded_and_the_sweep_goes_on(
 ) -> None:
     output, strategy = tmp_path / "results.json", tmp_path / "dies.py"
     strategy.write_text(DIES)
-    flags = ["sweep", f"--strategies={strategy}:Dies,ring", "--caches=5,1KiB", "--tokens=2"]
-    well(bench(room, demo_store, output, *flags, "--context=200").wait())
+    flags = ["sweep", f"--strategies={strategy}:Dies,ring", "--caches=5,1KiB"]
+    flags += ["--context=200", "--tokens=50", "--time-limit=0.001"]
+    well(bench(room, demo_store, output, *flags).wait())
     results = json.loads(output.read_text())
     measurements = results["measurements"]
     of_five = [m for m in measurements if m["setting"]["cache"] == "5"]
     found = {m["setting"]["strategy"].rpartition(":")[2]: m for m in of_five}
     assert "SIGKILL" in found["Dies"]["failed"]
-    assert found["ring"]["tokens"] == 2
+    assert found["ring"]["tokens"] == 2 and found["ring"]["stopped_early"]
     assert found["ring"]["setting"]["context"] == 200
     refused = [m for m in measurements if m["setting"]["cache"] == "1KiB"]
     assert len(refused) == 2 and all("not even one weight" in m["failed"] for m in refused)
