@@ -10,6 +10,7 @@ from common.arguments import Parser
 from common.config import Cache
 from common.entry import run_process
 from common.errors import UsageError
+from common.formats import DEQUANTIZED
 from common.process import Leash
 
 PARTS = ("ceilings", "sweep", "ttft", "baselines", "plot")
@@ -40,7 +41,7 @@ def parser() -> Parser:
     add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     add("--strategies", type=_words, default=STRATEGIES, metavar="A,B", help="of the sweep, ttft")
     add("--caches", type=_words, metavar="A,B", help="of the sweep, ttft; write --caches=-1,8")
-    add("--slots", type=_words, default=SLOTS[:1], metavar="A,B", help=", ".join(SLOTS))
+    add("--slots", type=_words, default=(DEQUANTIZED,), metavar="A,B", help=", ".join(SLOTS))
     add("--context", type=int, default=0, metavar="TOKENS", help="in the KV cache beforehand")
     add("--tokens", type=int, metavar="N", help="timed for each setting; default 10, quick 3")
     add("--time-limit", type=float, default=20.0, metavar="S", help="for them; two at least")

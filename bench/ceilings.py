@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from common import int4
+from common.dequantize import dequantize_into
 from common.memory import CudaMemory, Memory
 from common.shared import SharedMemory
-from feeder.dequantize import dequantize_into
 
 MIB = 1 << 20
 PIECES_MIB = (1, 4, 16, 32, 64)
@@ -30,7 +30,7 @@ _CPU_BYTES = 64 * MIB
 def ceilings(memory: Memory) -> dict[str, Any]:
     """All ceilings, in bytes a second."""
     on_gpu = isinstance(memory, CudaMemory)
-    device = _copy_bytes_per_s(memory.device, 4 << 30 if on_gpu else _CPU_BYTES)
+    device = device_bytes_per_s(memory.device)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     dequantize = {
         f"{rows}x{columns}": _dequantize_bytes_per_s(memory.device, rows * columns, dtype)
@@ -93,8 +93,9 @@ def _link(memory: CudaMemory, source: torch.Tensor, piece_bytes: int) -> float:
     return max(rates)
 
 
-def _copy_bytes_per_s(device: torch.device, size_bytes: int) -> float:
-    """Bytes read plus bytes written by a large copy."""
+def device_bytes_per_s(device: torch.device) -> float:
+    """Memory bandwidth: bytes read plus bytes written by a large copy."""
+    size_bytes = 4 << 30 if device.type == "cuda" else _CPU_BYTES
     source = torch.empty(size_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size_bytes / _seconds(lambda: target.copy_(source), device)

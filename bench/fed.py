@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from bench.guard import limited
-from bench.settings import SLOTS
 from common import protocol as p
 from common.errors import PeerError
+from common.formats import DEQUANTIZED
 from common.memory import CudaMemory, memory_for
 from common.process import (
     MODEL_LOCK,
@@ -47,15 +47,13 @@ class Fed:
     what the largest setting so far took: measure small caches first.
     """
 
-    def __init__(self, store: Store, device: str, slots: str = SLOTS[0]) -> None:
+    def __init__(self, store: Store, device: str, slots: str = DEQUANTIZED) -> None:
         self.store = store
         self._name = f"bench-{os.getpid()}"
         self._command = [
             sys.executable, "-m", "feeder", f"--model={store.path}", f"--name={self._name}",
-            f"--device={device}", "--cache=1",
+            f"--device={device}", f"--slots={slots}", "--cache=1",
         ]  # fmt: skip
-        if slots != SLOTS[0]:
-            self._command.append(f"--slots={slots}")
         self._stack, self._feeder = ExitStack(), ExitStack()
         self._supervisor: Supervisor
 

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,7 +61,7 @@ class Results:
         self.write()
 
     def link(self, moment: str, bytes_per_s: float) -> None:
-        """The link's bandwidth, measured in this run at its ``start`` or ``end``."""
+        """The link's bandwidth, measured in this run ``before`` or ``after`` a sweep."""
         self._enter()
         self._run.setdefault("link_bytes_per_s", {})[moment] = bytes_per_s
         for found in self.measurements:
@@ -100,7 +101,7 @@ class Results:
             self.runs.append(self._run)
 
     def _rate(self, measurement: dict[str, Any]) -> None:
-        """The share of the link, against the better of its two measurements in the same run."""
+        """The share of the link, against the best of its measurements in the same run."""
         links = self._run.get("link_bytes_per_s")
         if links and "link_bytes_per_s" in measurement:
             share = measurement["link_bytes_per_s"] / max(links.values())
@@ -130,14 +131,27 @@ class Results:
             ) from error
 
 
-def circumstances(argv: list[str], device: str, store: str) -> dict[str, Any]:
+def finish(result: dict[str, Any], output: str | None) -> dict[str, Any]:
+    """For a measurement that is a file of its own: with its circumstances, and written to ``output``
+    if that is given."""
+    module = ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
+    where = circumstances(sys.argv[1:], device_name("auto"), "", module)
+    record = {"circumstances": where, **result}
+    if output:
+        Path(output).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def circumstances(
+    argv: list[str], device: str, store: str, module: str = "bench"
+) -> dict[str, Any]:
     """Where, with what and by which command. ``device``: its name; ``store``: what identifies it."""
     return {
         "device": device,
         "store": store,
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "bench", *argv]),
+        "command": shlex.join(["python", "-m", module, *argv]),
         "cpus": os.cpu_count(),
         "usable_cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from common.formats import DEQUANTIZED, FORMATS
+
 STRATEGIES = ("on-demand", "ring", "resident")
 COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "-1")
 SIZES = ("4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "16GiB", "20GiB", "24GiB")
 QUICK_COUNTS = ("1", "16", "-1")
 QUICK_SIZES = ("4MiB",)
 
-#: What slots can hold. Another kind is added here, and nowhere else in bench: a feeder of its own is
-#: started for each kind, with ``--slots KIND`` for all but the first.
-SLOTS = ("dequantized",)
+#: What slots can hold. A feeder of its own is started for each kind that is measured.
+SLOTS = FORMATS
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Setting:
 
     strategy: str
     cache: str
-    slots: str = SLOTS[0]
+    slots: str = DEQUANTIZED
     context: int = 0
 
     def __str__(self) -> str:
         text = f"{self.strategy} {self.cache}"
-        text += "" if self.slots == SLOTS[0] else f", {self.slots} slots"
+        text += "" if self.slots == DEQUANTIZED else f", {self.slots} slots"
         return text + (f", context {self.context}" if self.context else "")
 
     def fields(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from common.config import Cache
 from common.errors import WeightFeederError
 from common.plan import Plan
 from common.supervise import ChildFailed
-from feeder.budget import Request, slot_sizes
+from feeder.budget import Request, slot_formats, slot_sizes
 from feeder.strategies.registry import make_strategy
 
 PROMPT_TOKENS = 16
@@ -46,15 +46,15 @@ class Effort:
 
 
 def sweep(fed: Fed, settings: Sequence[Setting], effort: Effort, results: Results) -> None:
-    """Measure ``settings`` and add them to ``results``, smallest slots first."""
-    _measure_link(fed, results, "start")
+    """Measure ``settings``, of one kind of slots, and add them to ``results``, smallest slots first."""
+    _measure_link(fed, results, f"before {settings[0].slots}")
     sizes = {setting: asked_bytes(fed, setting) for setting in settings}
     for setting in sorted(settings, key=lambda setting: sizes[setting]):
         asked = sizes[setting]
         figures = attempt(fed, effort, partial(measure, fed, setting, effort, asked))
         results.add("sweep", sweep_fields(setting, effort), figures)
         say("sweep", str(setting), results.measurements[-1])
-    _measure_link(fed, results, "end")
+    _measure_link(fed, results, f"after {settings[0].slots}")
 
 
 def sweep_fields(setting: Setting, effort: Effort) -> dict[str, Any]:
@@ -64,14 +64,14 @@ def sweep_fields(setting: Setting, effort: Effort) -> dict[str, Any]:
 
 def asked_bytes(fed: Fed, setting: Setting) -> int:
     """What the slots of a setting would take on a device without bounds; 0 if that is refused."""
-    strategy, weights = make_strategy(setting.strategy), fed.store.weights
-    request = Request(
-        plan=Plan(tuple(range(len(weights)))),
-        sizes=slot_sizes(fed.store, fed.dtype),
-        names=[entry.name for entry in weights],
-        cache=Cache.parse(setting.cache),
-    )
+    store, strategy = fed.store, make_strategy(setting.strategy)
     try:
+        request = Request(
+            plan=Plan(tuple(range(len(store.weights)))),
+            sizes=slot_sizes(store, fed.dtype, slot_formats(store, setting.slots, strategy)),
+            names=[entry.name for entry in store.weights],
+            cache=Cache.parse(setting.cache),
+        )
         return request.capacity(strategy, _UNLIMITED)[0].size_bytes
     except WeightFeederError:
         return 0

@@ -61,8 +61,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(wakeup.close)
         filler = filler_for(host, memory, wakeup)
         feeder = Feeder(
-            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.verify
-        )
+            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.slots,
+            arguments.verify,
+        )  # fmt: skip
         stack.callback(feeder.close)
         capacity = feeder.scheduler.capacity
         log.info(

@@ -164,7 +164,7 @@ def test_what_fails_is_recorded_and_the_sweep_goes_on(
     output, strategy = tmp_path / "results.json", tmp_path / "dies.py"
     strategy.write_text(DIES)
     flags = ["sweep", f"--strategies={strategy}:Dies,ring", "--caches=5,1KiB"]
-    flags += ["--context=200", "--tokens=50", "--time-limit=0.001"]
+    flags += ["--slots=packed", "--context=200", "--tokens=50", "--time-limit=0.001"]
     well(bench(room, demo_store, output, *flags).wait())
     results = json.loads(output.read_text())
     measurements = results["measurements"]
@@ -173,5 +173,8 @@ def test_what_fails_is_recorded_and_the_sweep_goes_on(
     assert "SIGKILL" in found["Dies"]["failed"]
     assert found["ring"]["tokens"] == 2 and found["ring"]["stopped_early"]
     assert found["ring"]["setting"]["context"] == 200
+    largest = max(entry.elements for entry in Store.open(demo_store).weights)
+    assert found["ring"]["setting"]["slots"] == "packed"
+    assert found["ring"]["slots_bytes"] < 5 * largest  # less than a byte each
     refused = [m for m in measurements if m["setting"]["cache"] == "1KiB"]
     assert len(refused) == 2 and all("not even one weight" in m["failed"] for m in refused)

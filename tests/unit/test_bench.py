@@ -86,12 +86,12 @@ def test_results_are_kept_and_found_again(tmp_path: Path) -> None:
 def test_share_of_the_better_link(tmp_path: Path) -> None:
     results = Results(None)
     results.begin(dict(RUN))
-    results.link("start", 50.0)
+    results.link("before", 50.0)
     results.add("sweep", RING, {"link_bytes_per_s": 45})
     assert results.measurements[0]["link_share"] == 0.9
-    results.link("end", 60.0)
+    results.link("after", 60.0)
     assert results.measurements[0]["link_share"] == 0.75
-    assert results.runs == [RUN | {"link_bytes_per_s": {"start": 50.0, "end": 60.0}}]
+    assert results.runs == [RUN | {"link_bytes_per_s": {"before": 50.0, "after": 60.0}}]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "runs": []}'])
