@@ -14,32 +14,36 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from bench.decode import Decoder, spread
 from common import int4
 from common.shared import require_host_memory
 from common.store import Store
-from engine.client import WeightClient
+from engine.linear import FedLinear
 from engine.model import build_model
 
 WARM_UP = 2  # passes: the prompt's, and one more
 
 
-class _Held:
-    """A dequantized weight, as an engine's lease."""
+class _Linear(nn.Module):
+    """An engine's Linear whose weight comes in the old way."""
 
-    def __init__(self, data: torch.Tensor) -> None:
-        self._data = data
+    def __init__(self, fed: FedLinear, weights: SynchronousWeights) -> None:
+        super().__init__()
+        self.bias = fed.bias
+        self._weight, self._weights = fed.weight_index, weights
 
-    def weight(self, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-        return self._data
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self._weights.get(self._weight), self.bias)
 
 
 class SynchronousWeights:
-    """Stands where the engine has its client: ``acquire`` copies and dequantizes, and waits."""
+    """All weights, packed, and some of them dequantized on the device."""
 
     def __init__(self, store: Store, device: torch.device, dtype: torch.dtype, cache: int) -> None:
         """Loads the store. MemoryShortageError if the host has not that much.
@@ -60,7 +64,8 @@ class SynchronousWeights:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             self._packed = list(pool.map(load, range(len(store.weights))))
 
-    def acquire(self, weight: int) -> _Held:
+    def get(self, weight: int) -> torch.Tensor:
+        """The dequantized weight [N, K]; copies, waits and dequantizes if it is not there."""
         self.uses += 1
         if weight in self._held:
             self.hits += 1
@@ -69,10 +74,7 @@ class SynchronousWeights:
             if len(self._held) >= self._capacity:
                 self._held.popitem(last=False)
             self._held[weight] = self._bring(weight)
-        return _Held(self._held[weight])
-
-    def release(self, lease: _Held) -> None:
-        pass
+        return self._held[weight]
 
     def _bring(self, weight: int) -> torch.Tensor:
         codes, scales = self._packed[weight]
@@ -106,8 +108,7 @@ def measure(
     """Time tokens; ``steps`` runs the passes that are timed, ``most_tokens`` at most."""
     dtype = getattr(torch, store.dtype) if device.type == "cuda" else torch.float32
     weights = SynchronousWeights(store, device, dtype, cache)
-    model = build_model(store, cast(WeightClient, weights), device, dtype)
-    decoder = Decoder(model, prompt_tokens, most_tokens + 1)
+    decoder = Decoder(_model(store, weights, device, dtype), prompt_tokens, most_tokens + 1)
     for _ in range(WARM_UP):
         decoder.step()
     copied, hits, uses = weights.copied_bytes, weights.hits, weights.uses
@@ -124,3 +125,16 @@ def measure(
         "hit_rate": round((weights.hits - hits) / (weights.uses - uses), 6),
         "text_checksum": decoder.text_checksum(4),
     }
+
+
+def _model(
+    store: Store, weights: SynchronousWeights, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The engine's model, which is never to ask a feeder for anything."""
+    nobody: Any = None
+    model = build_model(store, nobody, device, dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FedLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _Linear(module, weights))
+    return model
