@@ -14,6 +14,7 @@ from bench.record import Results
 from bench.report import say
 from bench.sweep import PROMPT_TOKENS, Effort
 from common.errors import WeightFeederError
+from common.memory import Memory
 from common.store import Store
 
 MOST_TOKENS = 5  # seconds each: these are slow
@@ -30,7 +31,7 @@ def descends_fields(cache: int, effort: Effort) -> dict[str, Any]:
 
 
 def baseline(
-    fields: dict[str, Any], store: Store, device: torch.device, effort: Effort, results: Results
+    fields: dict[str, Any], store: Store, memory: Memory, effort: Effort, results: Results
 ) -> None:
     """Measure the baseline that ``fields`` identify and add it to ``results``."""
 
@@ -42,15 +43,15 @@ def baseline(
             from bench import offload
 
             return offload.measure(
-                store, device, fields["layers"], PROMPT_TOKENS, steps, fields["tokens"]
+                store, memory.device, fields["layers"], PROMPT_TOKENS, steps, fields["tokens"]
             )
         from bench import descends
 
         return descends.measure(
-            store, device, fields["cache"], PROMPT_TOKENS, steps, fields["tokens"]
+            store, memory, fields["cache"], PROMPT_TOKENS, steps, fields["tokens"]
         )
 
-    results.add("baselines", fields, _attempt(work, device, effort))
+    results.add("baselines", fields, _attempt(work, memory.device, effort))
     say("baselines", fields["baseline"], results.measurements[-1])
 
 

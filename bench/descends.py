@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from bench.decode import Decoder, spread
 from common import int4
+from common.memory import Memory
 from common.shared import require_host_memory
 from common.store import Store
 from engine.linear import FedLinear
@@ -99,16 +100,17 @@ def dequantize(
 
 def measure(
     store: Store,
-    device: torch.device,
+    memory: Memory,
     cache: int,
     prompt_tokens: int,
     steps: Callable[[Decoder], list[float]],
     most_tokens: int,
 ) -> dict[str, Any]:
     """Time tokens; ``steps`` runs the passes that are timed, ``most_tokens`` at most."""
+    device = memory.device
     dtype = getattr(torch, store.dtype) if device.type == "cuda" else torch.float32
     weights = SynchronousWeights(store, device, dtype, cache)
-    decoder = Decoder(_model(store, weights, device, dtype), prompt_tokens, most_tokens + 1)
+    decoder = Decoder(_model(store, weights, memory, dtype), prompt_tokens, most_tokens + 1)
     for _ in range(WARM_UP):
         decoder.step()
     copied, hits, uses = weights.copied_bytes, weights.hits, weights.uses
@@ -128,11 +130,11 @@ def measure(
 
 
 def _model(
-    store: Store, weights: SynchronousWeights, device: torch.device, dtype: torch.dtype
+    store: Store, weights: SynchronousWeights, memory: Memory, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The engine's model, which is never to ask a feeder for anything."""
     nobody: Any = None
-    model = build_model(store, nobody, device, dtype)
+    model = build_model(store, nobody, memory, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, FedLinear):
             parent, _, leaf = name.rpartition(".")

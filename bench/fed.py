@@ -24,6 +24,7 @@ from common.errors import PeerError
 from common.formats import DEQUANTIZED
 from common.memory import CudaMemory, memory_for
 from common.process import (
+    ENGINE_LOCK,
     MODEL_LOCK,
     Lock,
     clear_run_directory,
@@ -47,13 +48,18 @@ class Fed:
     what the largest setting so far took: measure small caches first.
     """
 
-    def __init__(self, store: Store, device: str, slots: str = DEQUANTIZED) -> None:
+    def __init__(
+        self, store: Store, device: str, slots: str = DEQUANTIZED, context: int = 0
+    ) -> None:
+        """``context``: tokens that the feeder leaves room for; 0 for its own default."""
         self.store = store
         self._name = f"bench-{os.getpid()}"
         self._command = [
             sys.executable, "-m", "feeder", f"--model={store.path}", f"--name={self._name}",
             f"--device={device}", f"--slots={slots}", "--cache=1",
         ]  # fmt: skip
+        if context:
+            self._command.append(f"--context={context}")
         self._stack, self._feeder = ExitStack(), ExitStack()
         self._supervisor: Supervisor
 
@@ -61,7 +67,7 @@ class Fed:
         with ExitStack() as stack:
             directory = run_directory(self._name)
             stack.callback(clear_run_directory, directory)
-            lock = Lock(directory / "engine.lock", "engine")
+            lock = Lock(directory / ENGINE_LOCK, "engine")
             stack.callback(lock.release)
             lock.acquire()
             stack.callback(self._stop_feeder)
@@ -158,7 +164,7 @@ class Fed:
                 stack.callback(torch.set_num_threads, threads)
                 torch.set_num_threads(max(1, threads - 1))
             self.dtype: torch.dtype = getattr(torch, feeder.dtype)
-            self.model = build_model(self.store, self.client, self.memory.device, self.dtype)
+            self.model = build_model(self.store, self.client, self.memory, self.dtype)
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         model_lock.acquire()  # the feeder then reckons with our memory as taken

@@ -23,7 +23,7 @@ from bench.sweep import Effort, sweep, sweep_fields
 from bench.ttft import ttft, ttft_fields
 from common.errors import WeightFeederError
 from common.log import log
-from common.memory import memory_for
+from common.memory import Memory, memory_for
 from common.process import raise_on_termination
 from feeder.strategies.registry import make_strategy
 
@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> None:
     results = Results(Path(arguments.output) if arguments.output else None)
     parts = set(MEASURED) if "all" in arguments.parts else MEASURED & set(arguments.parts)
     if parts:
-        device = memory_for(arguments.device).device
-        wants_large = device.type == "cuda" and not arguments.quick
+        memory = memory_for(arguments.device)
+        wants_large = memory.device.type == "cuda" and not arguments.quick
         with Source(arguments.store, arguments.shape, wants_large) as source:
-            _Bench(arguments, argv, results, source, device).measure(parts)
+            _Bench(arguments, argv, results, source, memory).measure(parts)
     if arguments.plot:
         _plot(results, Path(arguments.plot), needed="plot" in arguments.parts)
     if parts and not arguments.output:
@@ -57,10 +57,10 @@ class _Bench:
         argv: list[str],
         results: Results,
         source: Source,
-        device: torch.device,
+        memory: Memory,
     ) -> None:
         self._arguments, self._results, self._source = arguments, results, source
-        self._argv, self._device = argv, device
+        self._argv, self._memory, self._device = argv, memory, memory.device
         self._quick = arguments.quick or source.small
         tokens = arguments.tokens or (QUICK_TOKENS if self._quick else TOKENS)
         self._effort = Effort(tokens, arguments.time_limit)
@@ -78,7 +78,7 @@ class _Bench:
     def _ceilings(self) -> None:
         """Link, memory, dequantizer. They need no store."""
         if self._missing("ceilings", {}):
-            found = ceilings(memory_for(self._arguments.device))
+            found = ceilings(self._memory)
             self._results.add("ceilings", {}, found)
             say("ceilings", "of this device", found)
         if self._device.type == "cuda":
@@ -87,6 +87,8 @@ class _Bench:
     def _feed(self, with_sweep: bool, with_ttft: bool) -> None:
         """All that needs a feeder and an engine: one of each for each kind of slots."""
         arguments, effort = self._arguments, self._effort
+        # Of one setting: its prompt and its tokens, with some to spare.
+        room = arguments.context and arguments.context + PROMPT_TOKENS[0] + effort.tokens + 8
         for kind in arguments.slots:
             settings = sweep_settings(
                 arguments.strategies, arguments.caches, (kind,), arguments.context, self._quick
@@ -96,7 +98,7 @@ class _Bench:
             settings, prompts = settings if with_sweep else [], prompts if with_ttft else []
             if not settings and not prompts:
                 continue
-            with _fed(Fed(self._source.store(), arguments.device, kind)) as fed:
+            with _fed(Fed(self._source.store(), arguments.device, kind, room)) as fed:
                 if settings:
                     sweep(fed, settings, effort, self._results)
                 if prompts:
@@ -109,7 +111,7 @@ class _Bench:
             descends_fields(arguments.descends_cache, effort),
         ):
             if self._missing("baselines", fields):
-                baseline(fields, self._source.store(), self._device, effort, self._results)
+                baseline(fields, self._source.store(), self._memory, effort, self._results)
 
     def _prompts(self, kind: str) -> list[tuple[Setting, int]]:
         arguments = self._arguments
