@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -67,7 +67,7 @@ def make(rows: list[int], columns: int) -> list[Packed]:
     return weights
 
 
-def graph_us(calls: list[Callable[[], object]], replays: int = 5) -> float:
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
     """Microseconds a call: the fastest of several replays of all of them in one graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -159,7 +159,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             best = found[f"{name} x{tokens}"][:3]
             print(name, tokens, [(round(b["us"], 1), round(b["GB/s"]), *list(b.values())[2:]) for b in best],
                   file=sys.stderr, flush=True)  # fmt: skip
-    return {"device_bytes_per_s": device_bytes_per_s(), "fastest": found}
+    return {"device_bytes_per_s": device_bytes_per_s(torch.device("cuda")), "fastest": found}
 
 
 def compile_share(arguments: argparse.Namespace) -> None:
@@ -191,7 +191,7 @@ def compile_share(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Ours with the configurations that are chosen, tinygemm, and cuBLAS in bf16."""
-    bandwidth = device_bytes_per_s()
+    bandwidth = device_bytes_per_s(torch.device("cuda"))
     rows_found = []
     for name, (rows, columns) in SHAPES.items():
         total = sum(rows)
