@@ -102,8 +102,9 @@ def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
             if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
                 yield OneTokenCut(tile, runs, split, warps, deep)
         return
-    tried = itertools.product((32, 64, 128), (2, 4), (3, 4, 6), (1, 2, 4, 8, 16))
-    for size, warps, stages, split in tried:
+    for size, warps, stages, split in itertools.product(
+        (32, 64, 128), (2, 4), (3, 4, 6), (1, 2, 4, 8, 16)
+    ):
         if 264 <= total // size * split <= 8000:
             yield TokensCut(size, split, warps, stages)
 

@@ -25,7 +25,7 @@ from engine.linear import FedLinear
 from engine.one_token import GLU, PLAIN, RESIDUAL, attention_kernel, begin_kernel, glu_kernel
 from engine.w4a16 import Epilogue, Scratch, multiply_one
 
-BEGIN_SIZE = 128
+BEGIN_SIZE = 64
 MAX_CHUNKS = 32
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose tables do not depend on the length
 
