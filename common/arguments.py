@@ -33,6 +33,10 @@ def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--verify", action="store_true",
             help="checksum every slot at fill, grant and release, and poison it when freed",
         ),
+        parser.add_argument(
+            "--trace", metavar="FILE",
+            help="write a timeline of both processes there, for ui.perfetto.dev",
+        ),
     ]  # fmt: skip
 
 
@@ -85,6 +89,9 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"
+        ),
+        parser.add_argument(
+            "--profile", metavar="FILE", help="torch's profile of three decoding passes, as a trace"
         ),
         parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"

@@ -14,6 +14,7 @@ from common.memory import CudaMemory, Memory
 from common.wait import Wakeup, Work, Worker
 from feeder.dequantize import dequantize_into
 from feeder.host import HostStore, Tile
+from feeder.recorder import SILENT, Recorder
 
 STAGING_TILES = 4
 
@@ -21,9 +22,10 @@ STAGING_TILES = 4
 class Filler(ABC):
     """``streamed_bytes``: what has crossed the link so far."""
 
-    def __init__(self, host: HostStore) -> None:
+    def __init__(self, host: HostStore, recorder: Recorder = SILENT) -> None:
         self.host = host
         self.streamed_bytes = 0
+        self._recorder = recorder
 
     @abstractmethod
     def start(self, weight: int, destination: torch.Tensor) -> Work:
@@ -37,8 +39,8 @@ class Filler(ABC):
 class CpuFiller(Filler):
     """Dequantizes on a thread, so that fills are as asynchronous as on a GPU."""
 
-    def __init__(self, host: HostStore, wakeup: Wakeup) -> None:
-        super().__init__(host)
+    def __init__(self, host: HostStore, wakeup: Wakeup, recorder: Recorder = SILENT) -> None:
+        super().__init__(host, recorder)
         self._worker = Worker("fills", wakeup)
         # One core: the others are the engine's, whose threads wait for each other at every product.
         self._worker.submit(lambda: torch.set_num_threads(1))  # holds for the thread that calls it
@@ -51,7 +53,8 @@ class CpuFiller(Filler):
             for tile in tiles:
                 out = destination[tile.first :][: tile.elements]
                 codes, scales = self.host.codes(weight, tile), self.host.scales(weight, tile)
-                dequantize_into(codes, scales, out)
+                with self._recorder.dequantize(weight, tile.size_bytes):
+                    dequantize_into(codes, scales, out)
 
         return self._worker.submit(fill)
 
@@ -62,8 +65,8 @@ class CpuFiller(Filler):
 class CudaFiller(Filler):
     """Copies on one stream, dequantizes on another."""
 
-    def __init__(self, host: HostStore, memory: CudaMemory) -> None:
-        super().__init__(host)
+    def __init__(self, host: HostStore, memory: CudaMemory, recorder: Recorder = SILENT) -> None:
+        super().__init__(host, recorder)
         self._memory = memory
         largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
         self._stride = -(-largest // 512) * 512
@@ -78,26 +81,28 @@ class CudaFiller(Filler):
 
     def start(self, weight: int, destination: torch.Tensor) -> Work:
         for tile in self.host.tiles[weight]:
-            self._tile(tile, destination[tile.first :][: tile.elements])
+            self._tile(weight, tile, destination[tile.first :][: tile.elements])
             self.streamed_bytes += tile.size_bytes
         return self._memory.mark(self._compute)
 
-    def _tile(self, tile: Tile, out: torch.Tensor) -> None:
+    def _tile(self, weight: int, tile: Tile, out: torch.Tensor) -> None:
         index = self._next
         self._next = (index + 1) % STAGING_TILES
         memory, driver = self._memory, self._memory.driver
         staging = self._staging.tensor[index * self._stride :][: tile.size_bytes]
         self._copy.wait_event(self._consumed[index])  # its last tile has been dequantized
         source = self.host.tensor.data_ptr() + tile.offset_bytes
-        memory.call(
-            driver.cuMemcpyHtoDAsync,
-            staging.data_ptr(), source, tile.size_bytes, self._copy.cuda_stream,
-        )  # fmt: skip
+        with self._recorder.copy(weight, tile.size_bytes, self._copy):
+            memory.call(
+                driver.cuMemcpyHtoDAsync,
+                staging.data_ptr(), source, tile.size_bytes, self._copy.cuda_stream,
+            )  # fmt: skip
         self._arrived[index].record(self._copy)
         self._compute.wait_event(self._arrived[index])
         codes = staging[: (tile.elements + 1) // 2]
         scales = staging[tile.scales_at :].view(torch.bfloat16)
-        dequantize_into(codes, scales, out)
+        with self._recorder.dequantize(weight, tile.size_bytes, self._compute):
+            dequantize_into(codes, scales, out)
         self._consumed[index].record(self._compute)
 
     def close(self) -> None:
@@ -105,8 +110,11 @@ class CudaFiller(Filler):
         self._staging.close()
 
 
-def filler_for(host: HostStore, memory: Memory, wakeup: Wakeup) -> Filler:
-    """The filler that suits the memory's device. ``wakeup``: of the loop that waits for fills."""
+def filler_for(
+    host: HostStore, memory: Memory, wakeup: Wakeup, recorder: Recorder = SILENT
+) -> Filler:
+    """The filler that suits the memory's device. ``wakeup``: of the loop that waits for fills;
+    ``recorder``: notes copies and dequantizations for a trace."""
     if isinstance(memory, CudaMemory):
-        return CudaFiller(host, memory)
-    return CpuFiller(host, wakeup)
+        return CudaFiller(host, memory, recorder)
+    return CpuFiller(host, wakeup, recorder)

@@ -137,9 +137,8 @@ class Feeder:
         """Carry out what the scheduler decides now."""
         for command in self.scheduler.step():
             match command:
-                case Fill(slot, weight, offset):
-                    flat = self.slots.data(weight, offset).view(self.slots.dtype)
-                    self._fills.add(self._filler.start(weight, flat), slot)
+                case Fill():
+                    self._fill(command)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
@@ -148,6 +147,10 @@ class Feeder:
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
             self._execute()
+
+    def _fill(self, fill: Fill) -> None:
+        flat = self.slots.data(fill.weight, fill.offset_bytes).view(self.slots.dtype)
+        self._fills.add(self._filler.start(fill.weight, flat), fill.slot)
 
     def _filled(self, slot: int) -> None:
         self._check(slot, "fill")
