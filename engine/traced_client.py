@@ -17,8 +17,8 @@ ROWS = ("tokens", "weights", "GPU", "messages")
 
 
 class TracedClient(WeightClient):
-    """Notes each use of a weight: from the call of ``acquire`` to the end of ``release``, and the
-    wait in it; on CUDA also when the device did it."""
+    """Notes each use of a weight, from the call of ``acquire`` to that of ``release``, and the wait in
+    it; on CUDA also when the device did it."""
 
     def __init__(
         self, tracer: Tracer, directory: Path, leash_fd: int | None = None, verify: bool = False
@@ -49,9 +49,10 @@ class TracedClient(WeightClient):
         args: Args = {"slot": grant.slot, "generation": grant.generation}
         if self._device is not None:
             self._device.since(self._begun, self._stream, "GPU", name, dict(args))
+        end = now()
         super().release(lease)
         args["acquire_us"] = (self._acquired_ns - self._asked_ns) / 1000
-        self._tracer.span("weights", name, self._asked_ns, now(), args)
+        self._tracer.span("weights", name, self._asked_ns, end, args)
 
     def close(self, reason: str = "done") -> None:
         super().close(reason)
