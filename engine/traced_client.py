@@ -78,8 +78,8 @@ class TracedClient(WeightClient):
             self._tracer.instant("messages", "grant", now(), args)
 
     def _returned(self, grants: list[p.Grant]) -> None:
-        super()._returned(grants)
         at = now()
+        super()._returned(grants)
         for grant in grants:
             args = {"slot": grant.slot, "generation": grant.generation}
             self._tracer.instant("messages", "release", at, args)

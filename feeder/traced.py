@@ -68,10 +68,11 @@ class TracedFeeder(Feeder):
         self._tracer.overlapping("fill", self._begun.pop(slot), at, args)
 
     def _grant(self, grant: Grant) -> None:
+        at = now()  # before it is sent: the engine may read it at once
         super()._grant(grant)
         args = {"weight": self._names[grant.weight], "slot": grant.slot}
         args |= {"generation": grant.generation, "standing": grant.standing}
-        self._tracer.instant("messages", "grant", now(), args)
+        self._tracer.instant("messages", "grant", at, args)
 
     def _from_engine(self, message: p.Message) -> None:
         at = now()

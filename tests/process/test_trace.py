@@ -1,0 +1,209 @@
+"""--trace and --profile as a user meets them: real runs, and what their files say is what happened."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+from bench import timeline
+from bench.trace_read import Event, Span, Trace, load
+from common import protocol as p
+from common.store import Store
+from tests import lives
+from tests.process.test_launch import DEMO_TEXT, summary_of
+from tests.processes import Room, assert_refused, until
+
+US = 1.0  # rounding to nanoseconds, and a float's
+
+
+def strictly(path: Path) -> list[Event]:
+    """The events of a file that is valid to the last byte."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights_of(store: Path) -> list[str]:
+    return [entry.name for entry in Store.open(store).weights]
+
+
+def pids(events: list[Event]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for event in events:
+        if event["name"] == "process_name":
+            found.setdefault(event["args"]["name"], set()).add(event["pid"])
+    return found
+
+
+def assert_rows_nest(trace: Trace) -> None:
+    """No span of a row crosses the border of another, as the viewers demand."""
+    for row, spans in trace.spans.items():
+        open_spans: list[Span] = []
+        for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+            while open_spans and open_spans[-1].end <= span.start + US / 100:
+                open_spans.pop()
+            if open_spans:
+                assert span.end <= open_spans[-1].end + US / 100, (row, open_spans[-1], span)
+            open_spans.append(span)
+
+
+def assert_fills_are_explained(trace: Trace, store: Store) -> None:
+    """Each fill has the weight's work in it, all of it, and no grant comes before its fill."""
+    packed = {entry.name: entry.packed_bytes for entry in store.weights}
+    _, work = trace.link
+    by_weight: dict[str, list[Span]] = {}
+    for span in work:
+        by_weight.setdefault(span.name, []).append(span)
+    assert set(by_weight) == set(packed)
+    for fill in trace.fills:
+        inside = [
+            s for s in by_weight[fill.args["weight"]] if fill.start <= s.start and s.end <= fill.end
+        ]
+        assert sum(s.args["bytes"] for s in inside) >= packed[fill.args["weight"]], fill
+    granted = [i for i in trace.instants["feeder: messages"] if i.name == "grant"]
+    assert granted
+    for grant in granted:
+        before = [
+            f for f in trace.fills if f.args["slot"] == grant.args["slot"] and f.end <= grant.start
+        ]
+        assert before and before[-1].args["weight"] == grant.args["weight"], grant
+
+
+def said(trace: Trace, role: str, what: str) -> dict[tuple[int, int], float]:
+    """When a process sent or read the messages, by slot and generation."""
+    found = [i for i in trace.instants[f"{role}: messages"] if i.name == what]
+    return {(i.args["slot"], i.args["generation"]): i.start for i in found}
+
+
+def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    ended = room.launch("--model", demo_store, "--cache=9", "--json", f"--trace={path}").wait()
+    assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
+    summary, events = summary_of(ended), strictly(path)
+    trace, store = Trace(events), Store.open(demo_store)
+    assert {role: len(found) for role, found in pids(events).items()} == {"feeder": 1, "engine": 1}
+    assert {e["pid"] for e in events} == {0}.union(*pids(events).values())
+    assert_rows_nest(trace)
+    assert_fills_are_explained(trace, store)
+
+    # Tokens and passes are those of the summary, and every pass used every weight once.
+    tokens = [s for s in trace.spans["engine: tokens"] if s.name == "token"]
+    passes = [s for s in trace.spans["engine: tokens"] if s.name in ("prefill", "pass")]
+    assert [s.args["number"] for s in tokens] == list(range(summary["tokens"]))
+    assert len(passes) == len(tokens)
+    assert [s.name for s in passes][:2] == ["prefill", "pass"] and passes[0].args["tokens"] > 1
+    uses = [s for s in trace.spans["engine: weights"] if s.name != "wait"]
+    names = [entry.name for entry in store.weights]
+    assert sorted(s.name for s in uses) == sorted(names * len(passes))
+    for use in uses:
+        assert any(s.start <= use.start and use.end <= s.end for s in passes)
+
+    # The waits are the stall of the summary: measured by other calls, round the same code.
+    waits = [s for s in trace.spans["engine: weights"] if s.name == "wait"]
+    waited_us, stall_us = (
+        sum(s.duration for s in waits), 1e6 * summary["stall_share"] * summary["seconds"]
+    )  # fmt: skip
+    assert 0.99 * stall_us - 1000 <= waited_us <= 1.3 * stall_us + 20_000
+    assert waits and {s.args["weight"] for s in waits} <= set(names)
+
+    # What one process sent, the other read later: the clocks are one.
+    granted, read = said(trace, "feeder", "grant"), said(trace, "engine", "grant")
+    released, taken_back = said(trace, "engine", "release"), said(trace, "feeder", "release")
+    assert len(granted) >= len(read) >= len(uses) and len(released) >= len(taken_back) > 1000
+    assert all(granted[key] < at for key, at in read.items())
+    assert all(released[key] < at for key, at in taken_back.items())
+    for use in uses:
+        key = (use.args["slot"], use.args["generation"])
+        assert read[key] < use.start + use.args["acquire_us"] < use.end <= released[key] + US
+
+    streamed = sum(s.args["bytes"] for s in trace.link[1])
+    assert streamed >= summary["streamed_bytes"] > 0.9 * streamed * (1 - 2 / summary["tokens"])
+    for _, counts in trace.slots:
+        assert sum(counts.values()) == 9 and min(counts.values()) >= 0
+
+
+def test_the_text_and_the_figures_of_timeline(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    ended = room.launch(
+        "--model", demo_store, "--cache=12", "--strategy=resident", f"--trace={path}"
+    ).wait()
+    assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
+    trace = Trace(strictly(path))
+    shown = room.start("-m", "bench.timeline", path).wait()
+    assert shown.code == 0, shown.err
+    assert shown.out.splitlines() == list(timeline.report(trace))
+    busy = re.search(
+        r"^feeder: dequantize: busy ([\d.]+) % of ([\d.]+) ms of decoding", shown.out, re.M
+    )
+    assert busy is not None and 0 < float(busy[1]) <= 100 and float(busy[2]) > 0
+    kinds = re.findall(r"^  (\w+) +\d+ +[\d.]+ +[\d.]+ +[\d.]+$", shown.out, re.M)
+    assert set(kinds) <= {n.rpartition(".")[2] for n in weights_of(demo_store)} and len(kinds) > 2
+    for leg in ("dequantized -> filled", "grant sent -> grant read", "release read -> refilled"):
+        found = re.search(rf"^  {leg} +(\d+) +([\d.-]+)", shown.out, re.M)
+        assert found is not None and int(found[1]) > 100
+    standing = [i for i in trace.instants["feeder: messages"] if i.args.get("standing")]
+    assert len(standing) == 8  # 12 slots less the four through which the rest cycles
+
+
+def test_two_terminals_a_swap_and_a_killed_feeder(
+    room: Room, long_store: Path, long_text: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.json"
+    feeder = room.feeder(*lives.feeder_flags(long_store, 9), f"--trace={path}")
+    engine = room.engine(*lives.engine_flags(300), f"--trace={path}")
+    lives.until_generating(engine)
+    assert isinstance(lives.ask(room, p.Swap("resident", "")), p.Done)
+    until(lambda: '"swap"' in path.read_text(), lambda: "the swap is in the trace")
+    feeder.signal(signal.SIGKILL)
+    feeder.wait()
+    assert load(path)  # what there is can be read, also now
+    room.feeder(*lives.feeder_flags(long_store, 9), f"--trace={path}")
+    ended = engine.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+    room.close()
+    events = strictly(path)
+    assert {role: len(found) for role, found in pids(events).items()} == {"feeder": 2, "engine": 1}
+    trace = Trace(events)
+    assert_rows_nest(trace)
+    assert_fills_are_explained(trace, Store.open(long_store))
+    swaps = [i.args for i in trace.instants["feeder: strategy"] if i.name == "swap"]
+    assert swaps == [{"strategy": "resident", "cache": "9"}]
+    waited = [s for s in trace.spans["engine: weights"] if s.name == "wait"]
+    assert waited
+
+
+def test_a_file_that_is_there_is_refused(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("[]")
+    for process in (
+        room.launch("--model", demo_store, f"--trace={path}"),
+        room.start("-m", "feeder", "--model", demo_store, f"--trace={path}"),
+        room.engine("--prompt=1", f"--trace={path}"),
+        room.engine("--prompt=1", f"--profile={path}"),
+    ):
+        assert_refused(process.wait(), f"file {path} exists: remove it, or name another", code=2)
+    assert path.read_text() == "[]"
+
+
+def test_a_run_that_fails_leaves_no_trace(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    ended = room.launch("--model", demo_store, "--prompt=", f"--trace={path}", "--cache=0").wait()
+    assert ended.code == 2 and not path.exists(), ended.err
+
+
+def test_a_profile(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    ended = room.launch("--model", demo_store, f"--profile={path}").wait()
+    assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = {e["name"] for e in events if str(e.get("name", "")).startswith("ProfilerStep")}
+    assert len(steps) == 3
+    products = [e for e in events if e.get("name") == "aten::linear"]
+    assert len(products) == 3 * len(weights_of(demo_store))
+
+
+def test_an_answer_too_short_to_profile(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    ended = room.launch("--model", demo_store, "--max-new-tokens=1", f"--profile={path}").wait()
+    assert ended.code == 0 and "nothing was profiled" in ended.err, ended.err
+    assert not path.exists()
