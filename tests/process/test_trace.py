@@ -8,71 +8,21 @@ import signal
 from pathlib import Path
 
 from bench import timeline
-from bench.trace_read import Event, Span, Trace, load
+from bench.trace_read import Trace, load
 from common import protocol as p
 from common.store import Store
 from tests import lives
 from tests.process.test_launch import DEMO_TEXT, summary_of
 from tests.processes import Room, assert_refused, until
-
-US = 1.0  # rounding to nanoseconds, and a float's
-
-
-def strictly(path: Path) -> list[Event]:
-    """The events of a file that is valid to the last byte."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def weights_of(store: Path) -> list[str]:
-    return [entry.name for entry in Store.open(store).weights]
-
-
-def pids(events: list[Event]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for event in events:
-        if event["name"] == "process_name":
-            found.setdefault(event["args"]["name"], set()).add(event["pid"])
-    return found
-
-
-def assert_rows_nest(trace: Trace) -> None:
-    """No span of a row crosses the border of another, as the viewers demand."""
-    for row, spans in trace.spans.items():
-        open_spans: list[Span] = []
-        for span in sorted(spans, key=lambda span: (span.start, -span.end)):
-            while open_spans and open_spans[-1].end <= span.start + US / 100:
-                open_spans.pop()
-            if open_spans:
-                assert span.end <= open_spans[-1].end + US / 100, (row, open_spans[-1], span)
-            open_spans.append(span)
-
-
-def assert_fills_are_explained(trace: Trace, store: Store) -> None:
-    """Each fill has the weight's work in it, all of it, and no grant comes before its fill."""
-    packed = {entry.name: entry.packed_bytes for entry in store.weights}
-    _, work = trace.link
-    by_weight: dict[str, list[Span]] = {}
-    for span in work:
-        by_weight.setdefault(span.name, []).append(span)
-    assert set(by_weight) == set(packed)
-    for fill in trace.fills:
-        inside = [
-            s for s in by_weight[fill.args["weight"]] if fill.start <= s.start and s.end <= fill.end
-        ]
-        assert sum(s.args["bytes"] for s in inside) >= packed[fill.args["weight"]], fill
-    granted = [i for i in trace.instants["feeder: messages"] if i.name == "grant"]
-    assert granted
-    for grant in granted:
-        before = [
-            f for f in trace.fills if f.args["slot"] == grant.args["slot"] and f.end <= grant.start
-        ]
-        assert before and before[-1].args["weight"] == grant.args["weight"], grant
-
-
-def said(trace: Trace, role: str, what: str) -> dict[tuple[int, int], float]:
-    """When a process sent or read the messages, by slot and generation."""
-    found = [i for i in trace.instants[f"{role}: messages"] if i.name == what]
-    return {(i.args["slot"], i.args["generation"]): i.start for i in found}
+from tests.traces import (
+    US,
+    assert_fills_are_explained,
+    assert_rows_nest,
+    pids,
+    said,
+    strictly,
+    weights_of,
+)
 
 
 def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path) -> None:
