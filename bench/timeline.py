@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
-from bench.trace_read import Span, Trace, inside, load
+from bench.trace_read import Span, Trace, inside, load_or_exit
 from bench.trace_uses import uses
 
 #: Upper bounds of the histogram's classes, in microseconds.
@@ -165,7 +165,7 @@ def _overlapping(spans: list[Span], start: float, end: float) -> Iterator[Span]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.timeline", description=__doc__)
     parser.add_argument("trace", metavar="FILE", help="what --trace wrote")
-    for line in report(Trace(load(parser.parse_args().trace))):
+    for line in report(load_or_exit(parser.parse_args().trace)):
         print(line)
 
 

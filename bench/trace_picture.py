@@ -6,11 +6,12 @@ python -m bench.trace_picture FILE PICTURE [--token N] [--ms 20]
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from bench.trace_read import Span, Trace, load
+from bench.trace_read import Span, Trace, load_or_exit
 
 WIDTH, LEFT, RIGHT, HEIGHT, GAP = 960, 150, 10, 22, 10
 COLOURS = {
@@ -158,9 +159,13 @@ def main() -> None:
     parser.add_argument("--token", type=int, default=20, metavar="N", help="where it begins")
     parser.add_argument("--ms", type=float, default=20.0, help="how long it is")
     arguments = parser.parse_args()
-    trace = Trace(load(arguments.trace))
+    trace = load_or_exit(arguments.trace)
     tokens = [s for s in trace.spans["engine: tokens"] if s.name == "token"]
-    start = next(s.start for s in tokens if s.args["number"] == arguments.token)
+    start = next((s.start for s in tokens if s.args["number"] == arguments.token), None)
+    if start is None:
+        sys.exit(
+            f"error: {arguments.trace} has {len(tokens)} tokens and no number {arguments.token}"
+        )
     Path(arguments.picture).write_text(Picture(trace, start, 1000 * arguments.ms).svg())
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+
+
+def load_or_exit(path: str) -> Trace:
+    """For commands: what is wrong with the file is one line."""
+    try:
+        return Trace(load(path))
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"error: trace {path} cannot be read: {error}")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
 
 from bench import timeline
 from bench.trace_read import Trace, load
@@ -82,6 +86,15 @@ def test_the_text_and_the_figures_of_timeline(room: Room, demo_store: Path, tmp_
     shown = room.start("-m", "bench.timeline", path).wait()
     assert shown.code == 0, shown.err
     assert shown.out.splitlines() == list(timeline.report(trace))
+    picture = tmp_path / "picture.svg"
+    drawn = room.start("-m", "bench.trace_picture", path, picture, "--token=3").wait()
+    assert drawn.code == 0, drawn.err
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+    for command in (
+        ["bench.timeline", picture],
+        ["bench.trace_picture", path, picture, "--token=999"],
+    ):
+        assert_refused(room.start("-m", *command).wait(), "error: ", code=1)
     busy = re.search(
         r"^feeder: dequantize: busy ([\d.]+) % of ([\d.]+) ms of decoding", shown.out, re.M
     )
@@ -120,6 +133,27 @@ def test_two_terminals_a_swap_and_a_killed_feeder(
     assert swaps == [{"strategy": "resident", "cache": "9"}]
     waited = [s for s in trace.spans["engine: weights"] if s.name == "wait"]
     assert waited
+
+
+@pytest.mark.parametrize("who", ["Ctrl-C", "engine", "feeder", "launcher"])
+def test_whoever_ends_a_run_the_file_is_complete(
+    room: Room, long_store: Path, tmp_path: Path, who: str
+) -> None:
+    path = tmp_path / "trace.json"
+    flags = [*lives.feeder_flags(long_store, 9), *lives.engine_flags(lives.LONGEST)]
+    launch = room.launch(*flags, f"--trace={path}")
+    launch.until(lambda: path.exists() and path.read_text().count('"token"') > 50, "generates")
+    if who == "Ctrl-C":
+        launch.ctrl_c()
+    else:
+        os.kill(launch.pid if who == "launcher" else launch.child(who), signal.SIGKILL)
+    assert launch.wait().code != 0
+    room.settle()  # after a launcher that was killed, its children end by themselves
+    events = strictly(path)
+    found = pids(events)
+    assert len(found["feeder"]) == len(found["engine"]) == 1
+    for found_pids in found.values():
+        assert sum(e["pid"] in found_pids and e["ph"] != "M" for e in events) > 100
 
 
 def test_a_file_that_is_there_is_refused(room: Room, demo_store: Path, tmp_path: Path) -> None:
