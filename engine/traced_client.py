@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +37,43 @@ class TracedClient(WeightClient):
     def acquire(self, weight: int) -> Lease:
         self._asked_ns = now()
         lease = super().acquire(weight)
-        self._acquired_ns = now()
-        if self._device is not None:
-            self._device.collect()
-            self._begun = self._device.mark(self._stream)
+        self._begin()
         return lease
 
+    def try_acquire(self, weights: Sequence[int]) -> list[Lease] | None:
+        asked_ns = now()
+        leases = super().try_acquire(weights)
+        if leases is not None:
+            self._asked_ns = asked_ns
+            self._begin()
+        return leases
+
     def release(self, lease: Lease) -> None:
+        """Of several that were acquired together, the first to be released gets all the time."""
         grant = lease.grant
         name = self.names[grant.weight]
         args: Args = {"slot": grant.slot, "generation": grant.generation}
         if self._device is not None:
-            self._device.since(self._begun, self._stream, "GPU", name, dict(args))
+            begun = self._begun or self._device.mark(self._stream)
+            self._device.since(begun, self._stream, "GPU", name, dict(args))
+            self._begun = None
         end = now()
         super().release(lease)
-        args["acquire_us"] = (self._acquired_ns - self._asked_ns) / 1000
+        args["acquire_us"] = max(0, self._acquired_ns - self._asked_ns) / 1000
         self._tracer.span("weights", name, self._asked_ns, end, args)
+        self._asked_ns = end
 
     def close(self, reason: str = "done") -> None:
         super().close(reason)
         if self._device is not None:
             self._device.close()
             self._device = None
+
+    def _begin(self) -> None:
+        self._acquired_ns = now()
+        if self._device is not None:
+            self._device.collect()
+            self._begun = self._device.mark(self._stream)
 
     def _wait_for(self, weight: int) -> Lease:
         waits, start = self.stats.waits, now()

@@ -68,8 +68,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         wakeup = Wakeup()
         stack.callback(wakeup.close)
         feeder = _feeder(
-            tracer, host, memory, wakeup, directory, dtype, cache, strategy, arguments.verify
-        )
+            tracer, host, memory, wakeup, directory, dtype, cache, strategy, arguments.slots,
+            arguments.verify,
+        )  # fmt: skip
         stack.callback(feeder.close)
         capacity = feeder.scheduler.capacity
         log.info(

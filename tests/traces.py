@@ -41,13 +41,14 @@ def assert_rows_nest(trace: Trace) -> None:
 
 
 def assert_fills_are_explained(trace: Trace, store: Store, slack_us: float = 0.0) -> None:
-    """Each fill has all of the weight's dequantization in it, and no grant comes before its fill.
+    """Each fill has all of the weight's dequantization in it, or, of packed slots, all of its copy;
+    and no grant comes before its fill.
 
     ``slack_us``: how far the device's clock may be off.
     """
     packed = {entry.name: entry.packed_bytes for entry in store.weights}
     by_weight: dict[str, list[Span]] = {}
-    for span in trace.spans["feeder: dequantize"]:
+    for span in trace.spans["feeder: dequantize"] or trace.spans["feeder: link"]:
         by_weight.setdefault(span.name, []).append(span)
     assert set(by_weight) == set(packed)
     for fill in trace.fills:

@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench import timeline
@@ -52,11 +53,12 @@ def test_device_work_on_the_hosts_clock(tmp_path: Path) -> None:
         assert sleep.args["GB/s"] > 0
 
 
-def test_a_run_with_a_trace_and_a_profile(room: Room, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", ["dequantized", "packed"])
+def test_a_run_with_a_trace_and_a_profile(room: Room, tmp_path: Path, slots: str) -> None:
     store, path, profile = tmp_path / "store", tmp_path / "trace.json", tmp_path / "profile.json"
     quantize_checkpoint(DEMO, store, "cuda", progress=False)
-    plain = room.launch("--model", store, "--device=cuda", "--cache=9").wait()
-    flags = ("--model", store, "--device=cuda", "--cache=9")
+    flags = ("--model", store, "--device=cuda", "--cache=9", f"--slots={slots}")
+    plain = room.launch(*flags).wait()
     ended = room.launch(*flags, f"--trace={path}", f"--profile={profile}").wait()
     assert (ended.code, ended.out) == (plain.code, plain.out), ended.err
     trace = Trace(strictly(path))

@@ -29,9 +29,11 @@ from tests.traces import (
 )
 
 
-def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", ["dequantized", "packed"])
+def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path, slots: str) -> None:
     path = tmp_path / "trace.json"
-    ended = room.launch("--model", demo_store, "--cache=9", "--json", f"--trace={path}").wait()
+    flags = ("--model", demo_store, "--cache=9", f"--slots={slots}", "--json")
+    ended = room.launch(*flags, f"--trace={path}").wait()
     assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
     summary, events = summary_of(ended), strictly(path)
     trace, store = Trace(events), Store.open(demo_store)
