@@ -80,9 +80,8 @@ def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path, slo
 
 def test_the_text_and_the_figures_of_timeline(room: Room, demo_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    ended = room.launch(
-        "--model", demo_store, "--cache=12", "--strategy=resident", f"--trace={path}"
-    ).wait()
+    flags = ("--model", demo_store, "--cache=12", "--slots=dequantized", "--strategy=resident")
+    ended = room.launch(*flags, f"--trace={path}").wait()
     assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
     trace = Trace(strictly(path))
     shown = room.start("-m", "bench.timeline", path).wait()
