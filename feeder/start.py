@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from common.config import Cache, format_bytes
-from common.errors import StoreError
+from common.config import Cache, format_bytes, parse_size
+from common.errors import StoreError, UsageError
 from common.log import log
 from common.memory import Memory, memory_for
 from common.process import (
@@ -27,6 +27,7 @@ from common.store import Store
 from common.trace import Tracer
 from common.wait import Wakeup
 from feeder.filler import filler_for
+from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
 from feeder.recorder import TracingRecorder
 from feeder.serve import Feeder
@@ -36,7 +37,7 @@ from feeder.traced import ROWS, TracedFeeder
 
 def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     """Serve the store ``arguments.model`` until told to stop. Raises WeightFeederError."""
-    cache = Cache.parse(arguments.cache)
+    cache, limits = Cache.parse(arguments.cache), _limits(arguments)
     strategy = make_strategy(arguments.strategy)
     path = Path(arguments.model).resolve()  # an engine may be started elsewhere
     if not (path / "store.json").is_file() and (path / "config.json").is_file():
@@ -69,7 +70,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(wakeup.close)
         feeder = _feeder(
             tracer, host, memory, wakeup, directory, dtype, cache, strategy, arguments.slots,
-            arguments.verify,
+            arguments.verify, limits,
         )  # fmt: skip
         stack.callback(feeder.close)
         capacity = feeder.scheduler.capacity
@@ -90,6 +91,13 @@ def _feeder(
     recorder = TracingRecorder(tracer, memory, [entry.name for entry in host.store.weights])
     filler = filler_for(host, memory, wakeup, recorder)
     return TracedFeeder(tracer, recorder, host, memory, filler, wakeup, *arguments)
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    if arguments.context is not None and arguments.context < 1:
+        raise UsageError(f"--context {arguments.context}: expected a number of tokens, at least 1")
+    vram = None if arguments.vram is None else parse_size(arguments.vram)
+    return Limits(vram, arguments.context)
 
 
 def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:
