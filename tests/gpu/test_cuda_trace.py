@@ -67,13 +67,10 @@ def test_a_run_with_a_trace_and_a_profile(room: Room, tmp_path: Path, slots: str
     row, copies = trace.link
     assert row == "feeder: link" and all(s.args["GB/s"] > 0 for s in copies if s.duration)
     packed = sum(entry.packed_bytes for entry in Store.open(store).weights)
-    passes = [s for s in trace.spans["engine: tokens"] if s.name in ("prefill", "pass")]
-    assert sum(s.args["bytes"] for s in copies) >= packed * (len(passes) - 1)
+    assert sum(s.args["bytes"] for s in copies) > 3 * packed
     uses = [s for s in trace.spans["engine: weights"] if s.name != "wait"]
-    on_device = {(s.args["slot"], s.args["generation"]): s for s in trace.spans["engine: GPU"]}
-    assert len(on_device) == len(uses)
-    for use in uses:  # the device does it after it was acquired
-        kernel = on_device[use.args["slot"], use.args["generation"]]
+    on_device = trace.spans["engine: GPU"]
+    for use, kernel in zip(uses, on_device, strict=True):  # it is done after it was acquired
         assert kernel.name == use.name
         assert kernel.end > use.start + use.args["acquire_us"] - SLACK_US
     for before, after in pairwise(copies):

@@ -65,12 +65,15 @@ def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path, slo
     # What one process sent, the other read later: the clocks are one.
     granted, read = said(trace, "feeder", "grant"), said(trace, "engine", "grant")
     released, taken_back = said(trace, "engine", "release"), said(trace, "feeder", "release")
-    assert len(granted) >= len(read) >= len(uses) and len(released) >= len(taken_back) > 1000
+    assert len(granted) >= len(read) > 1000 and len(released) >= len(taken_back) > 1000
     assert all(granted[key] < at for key, at in read.items())
     assert all(released[key] < at for key, at in taken_back.items())
     for use in uses:
         key = (use.args["slot"], use.args["generation"])
-        assert read[key] < use.start + use.args["acquire_us"] < use.end <= released[key] + US
+        assert read[key] < use.start + use.args["acquire_us"] < use.end
+        assert (
+            key not in released or use.end <= released[key] + US
+        )  # a standing grant has no release
 
     streamed = sum(s.args["bytes"] for s in trace.link[1])
     assert streamed >= summary["streamed_bytes"] > 0.9 * streamed * (1 - 2 / summary["tokens"])
