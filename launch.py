@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 try:
@@ -23,6 +23,7 @@ try:
     from common.process import clear_run_directory, run_path
     from common.store import Store
     from common.supervise import Child, Supervisor
+    from common.trace_file import TraceFile
 except ModuleNotFoundError as missing:
     print(
         f"error: the package {missing.name} is not installed for {sys.executable}:"
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
-        with _run_directory(arguments.name), Supervisor() as supervisor:
+        with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -158,6 +159,16 @@ def _run_directory(name: str) -> Iterator[None]:
         yield
     finally:
         clear_run_directory(directory)
+
+
+@contextmanager
+def _trace(path: str | None) -> Iterator[None]:
+    """The trace is ours from before the children join it until after they left, however they end."""
+    if path is None:
+        yield
+        return
+    with closing(TraceFile(path)):
+        yield
 
 
 @contextmanager

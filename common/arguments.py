@@ -33,6 +33,10 @@ def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--verify", action="store_true",
             help="checksum every slot at fill, grant and release, and poison it when freed",
         ),
+        parser.add_argument(
+            "--trace", metavar="FILE",
+            help="write a timeline of both processes there, for ui.perfetto.dev",
+        ),
     ]  # fmt: skip
 
 
@@ -103,6 +107,9 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--no-step",
             action="store_true",
             help="transformers' forward pass for every token, no fused step and no CUDA graph",
+        ),
+        parser.add_argument(
+            "--profile", metavar="FILE", help="torch's profile of three decoding passes, as a trace"
         ),
         parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"

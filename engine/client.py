@@ -325,10 +325,13 @@ class WeightClient:
         if done:
             told = [lease.grant for lease in done if self._ledger.returned(lease)]
             if told:
-                slots = tuple(grant.slot for grant in told)
-                self._connection.send(p.Release(slots, tuple(grant.generation for grant in told)))
+                self._returned(told)
         for segment in self._ledger.unmap_idle():
             self._connection.send(p.Retired(segment))
+
+    def _returned(self, grants: list[p.Grant]) -> None:
+        slots = tuple(grant.slot for grant in grants)
+        self._connection.send(p.Release(slots, tuple(grant.generation for grant in grants)))
 
     # What the feeder says ----------------------------------------------------------------------
 

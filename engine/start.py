@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -27,8 +28,10 @@ from common.process import (
     run_directory,
 )
 from common.store import Store
+from common.trace import Tracer
 from engine.client import WeightClient
 from engine.prompts import Prompt, read_prompts, record
+from engine.traced_client import ROWS, client_for
 
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
     from engine.generate import Generator, Sampling
@@ -47,13 +50,21 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         lock = Lock(directory / ENGINE_LOCK, "engine")
         stack.callback(lock.release)
         lock.acquire()
-        output = _open_output(arguments.output, stack)
-        client = WeightClient(directory, leash.fd, arguments.verify)
+        output = sys.stdout
+        if arguments.output is not None:
+            output = _create("output", arguments.output, stack)
+        if arguments.profile is not None:
+            _create("profile", arguments.profile, stack).close()
+        tracer = None
+        if arguments.trace is not None:
+            tracer = Tracer(arguments.trace, "engine", ROWS, place=2)
+            stack.callback(tracer.close)
+        client = client_for(tracer)(directory, leash.fd, arguments.verify)
         stack.push(at_last(client.close))
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         try:
-            _generate(arguments, client, model_lock, prompts, sampling, output)
+            _generate(arguments, client, model_lock, prompts, sampling, output, tracer)
         except torch.OutOfMemoryError as error:
             from engine.shortage import shortage
 
@@ -67,14 +78,17 @@ def _generate(
     prompts: list[Prompt],
     sampling: Sampling,
     output: TextIO,
+    tracer: Tracer | None,
 ) -> None:
     from engine.generate import Generator
     from engine.loop import Loop
     from engine.model import build_model
+    from engine.profile import profiled
     from engine.report import Report, print_summary
     from engine.shortage import MemoryKeeper
     from engine.step import Step, supports
     from engine.text import codec_for
+    from engine.traced_report import TracedReport
 
     feeder = client.wait_for_feeder()
     memory = memory_for(feeder.device)
@@ -101,18 +115,24 @@ def _generate(
     generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
     if arguments.wait_full:
         _wait_full(client)
-    report = Report(client)
+    report = Report(client) if tracer is None else TracedReport(tracer, client, model)
     with ExitStack() as stack:
         if memory.device.type == "cuda":  # slots go back only when no kernel reads them
             stack.push(at_last(lambda: torch.cuda.synchronize(memory.device)))
         stack.enter_context(report)
+        token = stack.enter_context(profiled(arguments.profile, memory.device, report.token))
         for prompt in prompts:
-            _answer(prompt, generator, report, output, bool(arguments.prompts))
+            _answer(prompt, generator, report, token, output, bool(arguments.prompts))
     print_summary(report.summary(), arguments.json)
 
 
 def _answer(
-    prompt: Prompt, generator: Generator, report: Report, output: TextIO, is_list: bool
+    prompt: Prompt,
+    generator: Generator,
+    report: Report,
+    token: Callable[[], None],
+    output: TextIO,
+    is_list: bool,
 ) -> None:
     show = output is not sys.stdout or not is_list  # the JSON lines have stdout to themselves
 
@@ -121,7 +141,7 @@ def _answer(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    answer = generator.answer(prompt.text, write, report.token)
+    answer = generator.answer(prompt.text, write, token)
     if show:
         write("\n")
     report.add(answer)
@@ -149,17 +169,16 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
     return Sampling(**{name: getattr(arguments, name) for name in names})
 
 
-def _open_output(path: str | None, stack: ExitStack) -> TextIO:
-    if path is None:
-        return sys.stdout
+def _create(what: str, path: str, stack: ExitStack) -> TextIO:
+    """A new file, which goes with ``stack`` if nothing is in it by then. UsageError if it exists."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         stack.callback(_remove_if_empty, path)  # only from here on it is ours to remove
         return stack.enter_context(os.fdopen(fd, "w", encoding="utf-8"))
     except FileExistsError:
-        raise UsageError(f"output file {path} exists: remove it, or name another") from None
+        raise UsageError(f"{what} file {path} exists: remove it, or name another") from None
     except OSError as error:
-        raise UsageError(f"output file {path} cannot be written: {error.strerror}") from error
+        raise UsageError(f"{what} file {path} cannot be written: {error.strerror}") from error
 
 
 def _wait_for_editor(port: int) -> None:

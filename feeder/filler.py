@@ -23,6 +23,7 @@ from common.memory import PIN_CHUNK_BYTES, CudaMemory, Memory, Segment
 from common.wait import Wakeup, Work, Worker
 from feeder.arena import Arena, aligned
 from feeder.host import HostStore
+from feeder.recorder import SILENT, Recorder
 
 STAGING_BYTES = 256 << 20
 #: A weight is staged in pieces of at most so many elements: whole up to the largest matrix of a 32B
@@ -33,9 +34,10 @@ PIECE_ELEMENTS = 144 << 20
 class Filler(ABC):
     """``streamed_bytes``: what has crossed the link so far."""
 
-    def __init__(self, host: HostStore) -> None:
+    def __init__(self, host: HostStore, recorder: Recorder = SILENT) -> None:
         self.host = host
         self.streamed_bytes = 0
+        self._recorder = recorder
 
     @abstractmethod
     def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
@@ -60,20 +62,25 @@ class Filler(ABC):
 class CpuFiller(Filler):
     """Dequantizes on a thread, so that fills are as asynchronous as on a GPU."""
 
-    def __init__(self, host: HostStore, wakeup: Wakeup) -> None:
-        super().__init__(host)
+    def __init__(self, host: HostStore, wakeup: Wakeup, recorder: Recorder = SILENT) -> None:
+        super().__init__(host, recorder)
         self._worker = Worker("fills", wakeup)
         # One core: the others are the engine's, whose threads wait for each other at every product.
         self._worker.submit(lambda: torch.set_num_threads(1))  # holds for the thread that calls it
 
     def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
-        host = self.host
-        self.streamed_bytes += host.store.weights[weight].packed_bytes
-        if slot_format == PACKED:
-            return self._worker.submit(lambda: destination.copy_(host.packed(weight)))
-        return self._worker.submit(
-            lambda: dequantize_into(host.codes(weight), host.scales(weight), destination)
-        )
+        host, size = self.host, self.host.store.weights[weight].packed_bytes
+        self.streamed_bytes += size
+
+        def copy() -> None:
+            with self._recorder.copy(weight, size):
+                destination.copy_(host.packed(weight))
+
+        def dequantize() -> None:
+            with self._recorder.dequantize(weight, size):
+                dequantize_into(host.codes(weight), host.scales(weight), destination)
+
+        return self._worker.submit(copy if slot_format == PACKED else dequantize)
 
     def close(self) -> None:
         self._worker.close()
@@ -115,8 +122,8 @@ class _Fill(Work):
 class CudaFiller(Filler):
     """Copies on one stream, dequantizes on another."""
 
-    def __init__(self, host: HostStore, memory: CudaMemory) -> None:
-        super().__init__(host)
+    def __init__(self, host: HostStore, memory: CudaMemory, recorder: Recorder = SILENT) -> None:
+        super().__init__(host, recorder)
         self._memory = memory
         self._copy = torch.cuda.Stream(memory.device)
         self._compute = torch.cuda.Stream(memory.device)
@@ -147,7 +154,8 @@ class CudaFiller(Filler):
     def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
         if slot_format == PACKED:
             place = self.host.places[weight]
-            self._transfer(place.offset_bytes, destination.data_ptr(), place.size_bytes)
+            with self._recorder.copy(weight, place.size_bytes, self._copy):
+                self._transfer(place.offset_bytes, destination.data_ptr(), place.size_bytes)
             self.streamed_bytes += self.host.store.weights[weight].packed_bytes
             return self._memory.mark(self._copy)
         staged = self._ahead.pop(weight, None) or self._stage(weight)
@@ -215,14 +223,15 @@ class CudaFiller(Filler):
         if offset is None:
             return False
         to = self._staging.tensor.data_ptr() + offset
-        if len(staged.pieces) == 1:
-            self._transfer(place.offset_bytes, to, place.size_bytes)
-        else:
-            codes = place.offset_bytes + piece.first // 2
-            self._transfer(codes, to, code_bytes(piece.elements))
-            scales = place.offset_bytes + place.scales_at + 2 * (piece.first // BLOCK)
-            size = 2 * scale_count(piece.elements)
-            self._transfer(scales, to + aligned(code_bytes(piece.elements)), size)
+        with self._recorder.copy(staged.weight, _piece_bytes(piece.elements), self._copy):
+            if len(staged.pieces) == 1:
+                self._transfer(place.offset_bytes, to, place.size_bytes)
+            else:
+                codes = place.offset_bytes + piece.first // 2
+                self._transfer(codes, to, code_bytes(piece.elements))
+                scales = place.offset_bytes + place.scales_at + 2 * (piece.first // BLOCK)
+                size = 2 * scale_count(piece.elements)
+                self._transfer(scales, to + aligned(code_bytes(piece.elements)), size)
         self.streamed_bytes += code_bytes(piece.elements) + 2 * scale_count(piece.elements)
         piece.offset_bytes = offset
         piece.arrived = self._events.pop() if self._events else torch.cuda.Event()
@@ -240,7 +249,9 @@ class CudaFiller(Filler):
         if len(staged.pieces) == 1:
             scales_at = self.host.places[staged.weight].scales_at
         scales = at[scales_at:][: 2 * scale_count(piece.elements)].view(torch.bfloat16)
-        dequantize_into(at[:size], scales, staged.destination[piece.first :][: piece.elements])
+        out = staged.destination[piece.first :][: piece.elements]
+        with self._recorder.dequantize(staged.weight, _piece_bytes(piece.elements), self._compute):
+            dequantize_into(at[:size], scales, out)
         piece.dequantized = self._memory.mark(self._compute)
 
     def _free(self, piece: _Piece) -> None:
@@ -276,8 +287,11 @@ def _piece_bytes(elements: int) -> int:
     return aligned(code_bytes(elements)) + 2 * scale_count(elements)
 
 
-def filler_for(host: HostStore, memory: Memory, wakeup: Wakeup) -> Filler:
-    """The filler that suits the memory's device. ``wakeup``: of the loop that waits for fills."""
+def filler_for(
+    host: HostStore, memory: Memory, wakeup: Wakeup, recorder: Recorder = SILENT
+) -> Filler:
+    """The filler that suits the memory's device. ``wakeup``: of the loop that waits for fills;
+    ``recorder``: notes copies and dequantizations for a trace."""
     if isinstance(memory, CudaMemory):
-        return CudaFiller(host, memory)
-    return CpuFiller(host, wakeup)
+        return CudaFiller(host, memory, recorder)
+    return CpuFiller(host, wakeup, recorder)

@@ -144,11 +144,8 @@ class Feeder:
         """Carry out what the scheduler decides now."""
         for command in self.scheduler.step():
             match command:
-                case Fill(slot, weight, offset):
-                    data, kind = self.slots.data(weight, offset), self.slots.formats[weight]
-                    if kind != PACKED:
-                        data = data.view(self.slots.dtype)
-                    self._fills.add(self._filler.start(weight, kind, data), slot)
+                case Fill():
+                    self._fill(command)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
@@ -159,6 +156,13 @@ class Feeder:
             self._execute()
         if ahead := self._filler.staging_bytes:
             self._filler.prefetch(self.scheduler.upcoming(ahead, self._packed_bytes))
+
+    def _fill(self, fill: Fill) -> None:
+        data = self.slots.data(fill.weight, fill.offset_bytes)
+        kind = self.slots.formats[fill.weight]
+        if kind != PACKED:
+            data = data.view(self.slots.dtype)
+        self._fills.add(self._filler.start(fill.weight, kind, data), fill.slot)
 
     def _filled(self, slot: int) -> None:
         self._check(slot, "fill")

@@ -7,6 +7,7 @@ import glob
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +24,15 @@ from common.process import (
 )
 from common.shared import SHM_DIRECTORY
 from common.store import Store
+from common.trace import Tracer
 from common.wait import Wakeup
 from feeder.filler import filler_for
 from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
+from feeder.recorder import TracingRecorder
 from feeder.serve import Feeder
 from feeder.strategies.registry import make_strategy
+from feeder.traced import ROWS, TracedFeeder
 
 
 def serve(arguments: argparse.Namespace, leash: Leash) -> None:
@@ -45,6 +49,10 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     raise_on_termination()  # until the feeder's loop is there to obey signals
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
+        tracer = None
+        if arguments.trace is not None:
+            tracer = Tracer(arguments.trace, "feeder", ROWS, place=1)
+            stack.callback(tracer.close)
         stack.callback(remove_run_directory, directory)
         lock = Lock(directory / "feeder.lock", "feeder")
         stack.callback(lock.release)
@@ -61,9 +69,8 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             )  # fmt: skip
         wakeup = Wakeup()
         stack.callback(wakeup.close)
-        filler = filler_for(host, memory, wakeup)
-        feeder = Feeder(
-            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.slots,
+        feeder = _feeder(
+            tracer, host, memory, wakeup, directory, dtype, cache, strategy, arguments.slots,
             arguments.verify, limits,
         )  # fmt: skip
         stack.callback(feeder.close)
@@ -74,6 +81,17 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             format_bytes(capacity.size_bytes), str(dtype).removeprefix("torch."), memory.identity,
         )  # fmt: skip
         feeder.run(leash)
+
+
+def _feeder(
+    tracer: Tracer | None, host: HostStore, memory: Memory, wakeup: Wakeup, *arguments: Any
+) -> Feeder:
+    """``arguments``: the rest of Feeder's."""
+    if tracer is None:
+        return Feeder(host, memory, filler_for(host, memory, wakeup), wakeup, *arguments)
+    recorder = TracingRecorder(tracer, memory, [entry.name for entry in host.store.weights])
+    filler = filler_for(host, memory, wakeup, recorder)
+    return TracedFeeder(tracer, recorder, host, memory, filler, wakeup, *arguments)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:

@@ -90,6 +90,7 @@ LIGHT = [
     ("feeder.scheduler", {"torch", "zmq", "numpy", "triton", "msgpack", "engine"}),
     ("feeder.strategies.registry", {"torch", "zmq", "numpy", "triton", "msgpack", "engine"}),
     ("common.supervise", {"torch", "zmq", "numpy"}),
+    ("common.trace", {"torch", "zmq", "numpy"}),
     ("engine.prompts", {"torch", "zmq", "feeder"}),
     ("engine.client", {"feeder", "transformers", "triton"}),
     ("feeder.serve", {"engine", "transformers"}),
