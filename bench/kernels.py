@@ -95,12 +95,12 @@ def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     """What is tried."""
     total = sum(rows)
     if tokens == 1:
-        tried = itertools.product((8, 16, 32), (1, 2, 4, 8), (2, 4, 8), (False, True), (1, 2, 4, 8))
-        for tile, runs, warps, deep, split in tried:
+        tried = itertools.product((4, 8, 16, 32), (1, 2, 4), (2, 4, 8), (1, 2, 4, 8))
+        for tile, runs, warps, split in tried:
             words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile
             programs = total // (2 * tile) * split
             if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
-                yield OneTokenCut(tile, runs, split, warps, deep)
+                yield OneTokenCut(tile, runs, split, warps)
         return
     for size, warps, stages, split in itertools.product(
         (32, 64, 128), (2, 4), (3, 4, 6), (1, 2, 4, 8, 16)

@@ -51,6 +51,53 @@ def _eight(word, x0, x1, x2, x3, x4, x5, x6, x7, x8):  # type: ignore[no-untyped
 
 
 @triton.jit
+def _codes(words, scales, first, run, runs, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The words [rows, runs, words] of some runs, and their scales [rows, runs]. Beyond the row it is
+    those of the last run again: nobody reads them, or x is 0 there.
+
+    Scales are fewer than threads, so they are loaded in the layout of the products, for free. Codes are
+    read once: they pass by the L1 cache, which x needs."""
+    WORDS: tl.constexpr = RUN // 8
+    there = tl.minimum(run, runs - 1)
+    column = there[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    data = tl.load(words + column[None, :, :], cache_modifier=".cg")
+    return data, tl.load(scales + ((first + there[None, :]) * RUN) // 128)
+
+
+@triton.jit
+def _planes(planes, run, stride, RUN: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x of some runs, [1, runs, words] of each plane; 0 beyond the row, where there may be none if EVEN."""
+    WORDS: tl.constexpr = RUN // 8
+    column = run[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    at = planes + column
+    if EVEN:
+        x0 = tl.load(at)
+        x1 = tl.load(at + stride)
+        x2 = tl.load(at + 2 * stride)
+        x3 = tl.load(at + 3 * stride)
+        x4 = tl.load(at + 4 * stride)
+        x5 = tl.load(at + 5 * stride)
+        x6 = tl.load(at + 6 * stride)
+        x7 = tl.load(at + 7 * stride)
+        x8 = tl.load(at + 8 * stride)
+    else:
+        mask = column < stride
+        x0 = tl.load(at, mask=mask, other=0.0)
+        x1 = tl.load(at + stride, mask=mask, other=0.0)
+        x2 = tl.load(at + 2 * stride, mask=mask, other=0.0)
+        x3 = tl.load(at + 3 * stride, mask=mask, other=0.0)
+        x4 = tl.load(at + 4 * stride, mask=mask, other=0.0)
+        x5 = tl.load(at + 5 * stride, mask=mask, other=0.0)
+        x6 = tl.load(at + 6 * stride, mask=mask, other=0.0)
+        x7 = tl.load(at + 7 * stride, mask=mask, other=0.0)
+        x8 = tl.load(at + 8 * stride, mask=mask, other=0.0)
+    return (
+        x0[None, :, :], x1[None, :, :], x2[None, :, :], x3[None, :, :], x4[None, :, :],
+        x5[None, :, :], x6[None, :, :], x7[None, :, :], x8[None, :, :],
+    )  # fmt: skip
+
+
+@triton.jit
 def _spread(value, first, planes, words, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write ``value`` [ROWS], elements from ``first`` on (a multiple of 8), into planes [9, words]."""
     element = first + tl.arange(0, ROWS)
@@ -97,10 +144,11 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
     TILE: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    DEEP: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies two tiles of TILE rows with its part of K, RUNS runs of RUN (64 or 128) at a
-    time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights.
+    time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights. EVEN: K is a
+    multiple of 2 RUNS RUN.
 
     operand      shape            dtype        layout
     planes       [9, K / 8]       fp32         x, spread
@@ -138,73 +186,46 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         slots = total
     runs = K // RUN
     stride = tl.multiple_of(K // 8, 8)  # words of a row
-    per_part = tl.cdiv(tl.cdiv(runs, RUNS), SPLIT) * RUNS
-    rows, word = tl.arange(0, TILE), tl.arange(0, WORDS)
+    per_part = tl.cdiv(tl.cdiv(runs, 2 * RUNS), SPLIT) * 2 * RUNS
+    first = part * per_part
+    rows = tl.arange(0, TILE)
     words_a = words + code_a + (local + rows)[:, None, None] * stride
     words_b = words + code_b + (local_b + rows)[:, None, None] * stride
-    # Scales are loaded in the layout of the products: fewer elements than threads, so for free.
+    scales_a, scales_b = scales + scale_a, scales + scale_b
     first_a = ((local + rows) * runs)[:, None]
     first_b = ((local_b + rows) * runs)[:, None]
     acc_a = tl.zeros((TILE, RUNS, WORDS), tl.float32)
     acc_b = tl.zeros((TILE, RUNS, WORDS), tl.float32)
-    first = part * per_part
     run = first + tl.arange(0, RUNS)
-    column = run[:, None] * WORDS + word[None, :]
-    there = (column < stride)[None, :, :]
-    a = tl.load(words_a + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
-    b = tl.load(words_b + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
-    ahead = column + RUNS * WORDS
-    there = (ahead < stride)[None, :, :]
-    next_a = tl.load(
-        words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-    )
-    next_b = tl.load(
-        words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-    )
+    a0, factor_a0 = _codes(words_a, scales_a, first_a, run, runs, RUN)
+    b0, factor_b0 = _codes(words_b, scales_b, first_b, run, runs, RUN)
+    a1, factor_a1 = _codes(words_a, scales_a, first_a, run + RUNS, runs, RUN)
+    b1, factor_b1 = _codes(words_b, scales_b, first_b, run + RUNS, runs, RUN)
     if PDL:
         gdc_wait()  # from here on what the kernel before has written is read
         gdc_launch_dependents()
-    for _ in range(first, min(first + per_part, runs), RUNS):
-        if DEEP:  # the codes of two turns are on their way while these are multiplied
-            further = ahead + RUNS * WORDS
-            there = (further < stride)[None, :, :]
-            last_a = tl.load(
-                words_a + further[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-            )
-            last_b = tl.load(
-                words_b + further[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-            )
-        exists = (run < runs)[None, :]
-        block_a = ((first_a + run[None, :]) * RUN) // 128
-        block_b = ((first_b + run[None, :]) * RUN) // 128
-        factor_a = tl.load(scales + scale_a + block_a, mask=exists, other=0.0).to(tl.float32)
-        factor_b = tl.load(scales + scale_b + block_b, mask=exists, other=0.0).to(tl.float32)
-        at, mask = planes + column, column < stride
-        x0 = tl.load(at, mask=mask, other=0.0)[None, :, :]
-        x1 = tl.load(at + stride, mask=mask, other=0.0)[None, :, :]
-        x2 = tl.load(at + 2 * stride, mask=mask, other=0.0)[None, :, :]
-        x3 = tl.load(at + 3 * stride, mask=mask, other=0.0)[None, :, :]
-        x4 = tl.load(at + 4 * stride, mask=mask, other=0.0)[None, :, :]
-        x5 = tl.load(at + 5 * stride, mask=mask, other=0.0)[None, :, :]
-        x6 = tl.load(at + 6 * stride, mask=mask, other=0.0)[None, :, :]
-        x7 = tl.load(at + 7 * stride, mask=mask, other=0.0)[None, :, :]
-        x8 = tl.load(at + 8 * stride, mask=mask, other=0.0)[None, :, :]
-        acc_a = tl.fma(_eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_a[:, :, None], acc_a)
-        acc_b = tl.fma(_eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_b[:, :, None], acc_b)
-        a, b = next_a, next_b
-        if DEEP:
-            next_a, next_b, ahead = last_a, last_b, further
-        else:
-            ahead += RUNS * WORDS
-            there = (ahead < stride)[None, :, :]
-            next_a = tl.load(
-                words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-            )
-            next_b = tl.load(
-                words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-            )
-        column += RUNS * WORDS
-        run += RUNS
+    # Two turns at a time, each with registers of its own, so that none has to be moved: while the codes
+    # of one are multiplied, those of the next two are on their way.
+    for _ in range(first, min(first + per_part, runs), 2 * RUNS):
+        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _planes(planes, run, stride, RUN, EVEN)
+        scaled_a, scaled_b = (
+            factor_a0.to(tl.float32)[:, :, None],
+            factor_b0.to(tl.float32)[:, :, None],
+        )
+        acc_a = tl.fma(_eight(a0, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_a, acc_a)
+        acc_b = tl.fma(_eight(b0, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_b, acc_b)
+        a0, factor_a0 = _codes(words_a, scales_a, first_a, run + 2 * RUNS, runs, RUN)
+        b0, factor_b0 = _codes(words_b, scales_b, first_b, run + 2 * RUNS, runs, RUN)
+        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _planes(planes, run + RUNS, stride, RUN, EVEN)
+        scaled_a, scaled_b = (
+            factor_a1.to(tl.float32)[:, :, None],
+            factor_b1.to(tl.float32)[:, :, None],
+        )
+        acc_a = tl.fma(_eight(a1, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_a, acc_a)
+        acc_b = tl.fma(_eight(b1, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_b, acc_b)
+        a1, factor_a1 = _codes(words_a, scales_a, first_a, run + 3 * RUNS, runs, RUN)
+        b1, factor_b1 = _codes(words_b, scales_b, first_b, run + 3 * RUNS, runs, RUN)
+        run += 2 * RUNS
     a = tl.sum(tl.sum(acc_a, 2), 1)
     b = tl.sum(tl.sum(acc_b, 2), 1)
     if SPLIT > 1:

@@ -27,13 +27,12 @@ MAX_WEIGHTS = 3
 @dataclass(frozen=True)
 class OneTokenCut:
     """How the product of one token is cut: a program takes two tiles of ``tile`` rows, ``runs`` runs of
-    128 at a time, and one of ``split`` parts of K. ``deep``: codes are loaded two turns ahead, not one."""
+    128 at a time, and one of ``split`` parts of K."""
 
     tile: int
     runs: int
     split: int
     warps: int
-    deep: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,13 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     at = pairs + code + ((local + rows) * (K // 2))[:, None] + half[None, :]
     first_run = (local + rows) * runs
     x_at = planes + token[None, :] * (K // 2) + half[:, None]
-    for run in range(part * per_part, min((part + 1) * per_part, runs)):
+    first, last = part * per_part, min((part + 1) * per_part, runs)
+    factor = tl.load(scales + scale + ((first_run + tl.minimum(first, runs - 1)) * RUN) // 128)
+    for run in range(first, last):
         data = tl.load(at + run * HALF)
-        factor = tl.load(scales + scale + ((first_run + run) * RUN) // 128).to(tl.float32)
+        # The next run's, so that nobody waits for it.
+        ahead = tl.minimum(run + 1, runs - 1)
+        next_factor = tl.load(scales + scale + ((first_run + ahead) * RUN) // 128)
         x_even = tl.load(x_at + run * HALF)
         x_odd = tl.load(x_at + TOKENS * (K // 2) + run * HALF)
         even, odd = _unpack(data, ASM, x_even.dtype)
@@ -179,7 +182,8 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
             x_even, x_odd = x_even.to(tl.float32), x_odd.to(tl.float32)
         product = tl.dot(even, x_even)
         product = tl.dot(odd, x_odd, product)
-        acc += product * factor[:, None]
+        acc += product * factor.to(tl.float32)[:, None]
+        factor = next_factor
     mask = (rows >= 0)[:, None] & (token < tokens)[None, :]
     _finish(
         acc, token, row + rows, mask, bias, y, parts, counters, pid, part, total, total,
@@ -292,7 +296,7 @@ def multiply_one(
         TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
         MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        DEEP=cut.deep, PDL=epilogue.pdl, num_warps=cut.warps, launch_pdl=epilogue.pdl,
+        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, num_warps=cut.warps, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return programs
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.w4a16 import Config, Scratch, choose, multiply
+from engine.w4a16 import (
+    OneTokenCut,
+    Scratch,
+    TokensCut,
+    multiply,
+    multiply_one,
+    multiply_tokens,
+    spread,
+)
 from tests.packed import pack_side_by_side
 
 
@@ -20,14 +28,28 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
     x = torch.randn(tokens, columns, device="cuda").to(dtype)
     bias = torch.randn(sum(rows), device="cuda").to(dtype)
     expected = x.double() @ dense.double().T + bias.double()
-    chosen = choose(tokens, rows, columns, x.device)
-    configs = [chosen, Config(32, 4, 1, 4), Config(32, 2, 3, 4), Config(64, 2, 8, 4, 3)]
-    for config in configs:
-        if any(count % config.rows for count in rows):
+    scratch = Scratch(x.device)
+    assert error_of(multiply(x, weights, bias, scratch), expected) < torch.finfo(dtype).eps
+    planes = spread(x)
+    one = [OneTokenCut(16, 4, 1, 4), OneTokenCut(16, 2, 3, 4), OneTokenCut(32, 2, 8, 4)]
+    several = [TokensCut(32, 1, 2, 3), TokensCut(64, 3, 4, 4), TokensCut(64, 8, 4, 3)]
+    for cut in one if tokens == 1 else several:
+        rows_of_program = 2 * cut.tile if isinstance(cut, OneTokenCut) else cut.rows
+        if any(count % rows_of_program for count in rows):
             continue
-        scratch = Scratch(x.device)
-        first = multiply(x, weights, bias, scratch, config)
-        error = (first.double() - expected).abs().max() / expected.abs().max()
-        assert error < torch.finfo(dtype).eps, (config, float(error))
-        for _ in range(3):  # the parts are added in one order, and the counters are left at zero
-            assert torch.equal(multiply(x, weights, bias, scratch, config), first)
+        found = []
+        for _ in range(4):
+            y = torch.full((tokens, sum(rows)), torch.nan, dtype=torch.float32, device="cuda")
+            if isinstance(cut, OneTokenCut):
+                multiply_one(planes, weights, bias, y, scratch, cut=cut)
+            else:
+                multiply_tokens(planes, tokens, weights, bias, y, scratch, cut)
+            found.append(y)
+        assert error_of(found[0], expected) < 1e-5, cut  # accumulated in fp32
+        # The parts are added in one order, and the counters are left at zero.
+        assert all(torch.equal(found[0], again) for again in found[1:]), cut
+
+
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error, by the largest value."""
+    return float((found.double() - expected).abs().max() / expected.abs().max())
