@@ -87,7 +87,7 @@ class Group:
         """The member's product with x, if it can be had together with the others'."""
         if member is self._first:
             self._multiply(x)
-        elif x is not self._x or x._version != self._version:
+        elif x is not self._x or _version(x) != self._version:
             return None
         return self._results.pop(member.weight_index, None)
 
@@ -115,4 +115,9 @@ class Group:
             for lease in leases:
                 self._client.release(lease)
         self._results = dict(zip(self._weights, products, strict=True))
-        self._x, self._version = x, x._version
+        self._x, self._version = x, _version(x)
+
+
+def _version(x: torch.Tensor) -> int:
+    """Changes when x is written to. Tensors of inference mode do not tell."""
+    return 0 if x.is_inference() else x._version
