@@ -24,6 +24,7 @@ PLAIN = tl.constexpr(0)  # y = W x + bias
 RESIDUAL = tl.constexpr(
     1
 )  # hidden += W x; hidden times the next norm's weights, spread; squares summed
+PAGE_WORDS = tl.constexpr((2 << 20) // 4)  # of device memory
 GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 
@@ -141,10 +142,10 @@ def _end(  # type: ignore[no-untyped-def]
 def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     planes, words, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
-    sums, sum_count, eps, hidden, norm, next_planes, next_sums,
+    sums, sum_count, eps, hidden, norm, next_planes, next_sums, warm, warm_pages,
     TILE: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr, WARM: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies two tiles of TILE rows with its part of K, RUNS runs of RUN (64 or 128) at a
     time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights. EVEN: K is a
@@ -164,6 +165,10 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     norm         [total]          bf16, fp16   RESIDUAL: the weights of the norm that follows
     next_planes  [9, total / 8]   fp32         RESIDUAL, GLU: the next product's x, before its norm's factor
     next_sums    [programs]       fp32         RESIDUAL: parts of the sum of hidden's squares
+
+    WARM: every page of the ``warm_pages`` from word ``warm`` on is touched, so that their addresses are
+    known to the multiprocessors when a later product reads them: a model of 16 GB is more than they keep,
+    and finding them again cost a fourth of the time, measured on an H100.
     """
     WORDS: tl.constexpr = RUN // 8
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -201,6 +206,9 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     b0, factor_b0 = _codes(words_b, scales_b, first_b, run, runs, RUN)
     a1, factor_a1 = _codes(words_a, scales_a, first_a, run + RUNS, runs, RUN)
     b1, factor_b1 = _codes(words_b, scales_b, first_b, run + RUNS, runs, RUN)
+    if WARM:
+        page = (pid * 4 + tl.arange(0, 4)) % warm_pages
+        tl.load(words + warm + page.to(tl.int64) * PAGE_WORDS, volatile=True)
     if PDL:
         gdc_wait()  # from here on what the kernel before has written is read
         gdc_launch_dependents()
