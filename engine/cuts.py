@@ -1,44 +1,47 @@
-"""How products are cut on which device: what `python -m bench.kernels tune` found, and a rule."""
+"""How products are cut: what `python -m bench.kernels tune` found on an H100, as rules for all shapes.
+
+A cut must fit the shape; otherwise it changes speed and, by the order of sums, the last bits.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from math import gcd
 
-import torch
-
 from engine.w4a16 import OneTokenCut, TokensCut
 
-PROGRAMS = 1200  # that keep a large GPU busy, at least
-
-
-def one_token_cut(rows: list[int], columns: int, device: torch.device) -> OneTokenCut:
-    """For one token, weights of so many ``rows``, and ``columns``."""
-    return _one_token_rule(tuple(rows), columns)
-
-
-def tokens_cut(rows: list[int], columns: int, device: torch.device) -> TokensCut:
-    """For 2 to 16 tokens."""
-    return _tokens_rule(tuple(rows), columns)
+MANY = 4000  # programs: so many that larger ones pay
+TURNS = 8  # of a program, at most, where there are few programs
+FEW = 1200
 
 
 @cache
-def _one_token_rule(rows: tuple[int, ...], columns: int) -> OneTokenCut:
-    tile = 16
-    while tile > 4 and gcd(*rows) % (2 * tile):
+def one_token_cut(rows: tuple[int, ...], columns: int) -> OneTokenCut:
+    """For one token, weights of so many ``rows``, and ``columns``.
+
+    Eight rows a tile and four runs a turn make a short program that reads 256 bytes of a row at once;
+    long rows are split, so that no program takes many turns.
+    """
+    total, common = sum(rows), gcd(*rows)
+    tile = 16 if total // 32 >= MANY and common % 32 == 0 else 8
+    while tile > 1 and common % (2 * tile):
         tile //= 2
-    split, turns = 1, columns // 256
-    while sum(rows) // (2 * tile) * split < PROGRAMS and 2 * split <= turns // 2:
+    runs = 2 if tile == 16 else 4
+    turns = -(-columns // (2 * runs * 128))
+    split = 1
+    while total // (2 * tile) * split < FEW and turns > TURNS * split:
         split *= 2
-    return OneTokenCut(tile, 2, split, 4)
+    return OneTokenCut(tile, runs, split, 4)
 
 
 @cache
-def _tokens_rule(rows: tuple[int, ...], columns: int) -> TokensCut:
-    size = 32
-    while gcd(*rows) % size:
+def tokens_cut(rows: tuple[int, ...], columns: int) -> TokensCut:
+    """For 2 to 16 tokens."""
+    total, common = sum(rows), gcd(*rows)
+    size = 64 if total * columns >= 1 << 27 else 32
+    while size > 16 and common % size:
         size //= 2
     split, turns = 1, columns // 128
-    while sum(rows) // size * split < PROGRAMS // 2 and 2 * split <= turns // 4:
+    while total // size * split < 640 and turns >= 16 * split:
         split *= 2
-    return TokensCut(size, split, 2, 4)
+    return TokensCut(size, split, 4 if split > 1 and size == 64 else 2, 3 if size == 64 else 4)

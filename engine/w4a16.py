@@ -286,7 +286,7 @@ def multiply_one(
 
     rows, columns, total, run, places = _places(weights, 4)
     glu = epilogue.mode == int(one_token.GLU)
-    cut = cut or one_token_cut(rows, columns, planes.device)
+    cut = cut or one_token_cut(tuple(rows), columns)
     programs = rows[0] // cut.tile if glu else total // (2 * cut.tile)
     if cut.split > 1:
         scratch.hold(cut.split * total, programs)
@@ -321,7 +321,7 @@ def multiply_tokens(
     from engine.cuts import tokens_cut
 
     rows, columns, total, run, places = _places(weights, 1)
-    cut = cut or tokens_cut(rows, columns, planes.device)
+    cut = cut or tokens_cut(tuple(rows), columns)
     if cut.split > 1:
         scratch.hold(cut.split * MAX_TOKENS * total, total // cut.rows)
     _tokens_kernel[(total // cut.rows, cut.split)](
