@@ -44,10 +44,7 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         length = self.keys.shape[-2]
         end = length + key_states.shape[-2]
         if end > self.capacity:
-            self.capacity = -(-end // STEP_TOKENS) * STEP_TOKENS
-            former, self.memory = self.memory, (self._allocate(key_states), self._allocate(value_states))
-            for new, old in zip(self.memory, former, strict=True):
-                new[:, :, :length] = old[:, :, :length]
+            self._grow(end, key_states, value_states)
         for part, states in zip(self.memory, (key_states, value_states), strict=True):
             part[:, :, length:end] = states
         self.set_length(end)
@@ -56,6 +53,20 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget the tokens and keep the memory."""
         self.is_initialized = False
+
+    def _grow(self, tokens: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Changes nothing if the memory for it cannot be had."""
+        assert self.memory is not None
+        length, former, had = self.keys.shape[-2], self.memory, self.capacity
+        self.capacity = -(-tokens // STEP_TOKENS) * STEP_TOKENS
+        try:
+            grown = self._allocate(key_states), self._allocate(value_states)
+        except BaseException:
+            self.capacity = had
+            raise
+        for new, old in zip(grown, former, strict=True):
+            new[:, :, :length] = old[:, :, :length]
+        self.memory = grown
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
         batch, heads, _, dim = states.shape

@@ -19,6 +19,7 @@ from common.errors import MemoryShortageError, UsageError
 from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens, split_bytes
 from common.log import log
 from common.memory import Memory
+from engine.cache import PastLayer
 from engine.client import WeightClient
 
 ATTEMPTS = 4
@@ -101,9 +102,13 @@ def failed_bytes(reason: str) -> int:
 
 def _roll_back(cache: Any, length: int) -> bool:
     """Drop what a pass that failed half-way has added; whether that can be done."""
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+    if not all(type(layer) in (DynamicLayer, PastLayer) for layer in cache.layers):
         return False
     for layer in cache.layers:
+        if type(layer) is PastLayer:
+            if layer.get_seq_length() > length:
+                layer.set_length(length)
+            continue
         for name in ("keys", "values"):
             states = getattr(layer, name, None)
             if states is None or not states.numel() or states.shape[-2] <= length:
