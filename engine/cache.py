@@ -44,7 +44,7 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         length = self.keys.shape[-2]
         end = length + key_states.shape[-2]
         if end > self.capacity:
-            self._grow(end, key_states, value_states)
+            self._grow(length, end, key_states, value_states)
         for part, states in zip(self.memory, (key_states, value_states), strict=True):
             part[:, :, length:end] = states
         self.set_length(end)
@@ -54,10 +54,12 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         """Forget the tokens and keep the memory."""
         self.is_initialized = False
 
-    def _grow(self, tokens: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Changes nothing if the memory for it cannot be had."""
+    def _grow(
+        self, length: int, tokens: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """From ``length`` tokens; changes nothing if the memory for it cannot be had."""
         assert self.memory is not None
-        length, former, had = self.keys.shape[-2], self.memory, self.capacity
+        former, had = self.memory, self.capacity
         self.capacity = -(-tokens // STEP_TOKENS) * STEP_TOKENS
         try:
             grown = self._allocate(key_states), self._allocate(value_states)
