@@ -1,1 +1,1 @@
-"""Measurements that the README quotes. Each prints JSON with device, versions, command and commit."""
+"""Measurements that the README quotes. ``python -m bench PART…`` makes all of them: docs/bench.md."""

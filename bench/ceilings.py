@@ -1,97 +1,125 @@
 """What the hardware allows: link and device memory bandwidth, and how near the dequantizer comes.
 
-python -m bench.ceilings [--output FILE]
+On the CPU there is no link; host memory takes the device's place.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import triton.testing
 
-from bench.record import finish
 from common import int4
 from common.dequantize import dequantize_into
-from common.memory import CudaMemory
+from common.memory import CudaMemory, Memory
 from common.shared import SharedMemory
 
-MB = 1 << 20
+MIB = 1 << 20
+PIECES_MIB = (1, 4, 16, 32, 64)
+LINK_PIECES_MIB = (16, 32, 64)  # the sizes at which the link is at its best
+SHAPES = ((27648, 5120), (5120, 27648), (5120, 5120), (1024, 5120))
+_LINK_BYTES = 1 << 30
+_ROUNDS = 8
+_CPU_SHAPES = ((512, 192), (192, 192))
+_CPU_BYTES = 64 * MIB
 
 
-def link_bytes_per_s(memory: CudaMemory, piece_bytes: int, total_bytes: int = 2 << 30) -> float:
-    """Pinned host-to-device bandwidth, copying ``total_bytes`` in pieces on one stream: the best of
-    several rounds, since a ceiling is what can be reached."""
-    shared = SharedMemory.create(total_bytes, "bench")
-    shared.tensor.fill_(1)
-    unpin = memory.pin(shared.tensor)
+def ceilings(memory: Memory) -> dict[str, Any]:
+    """All ceilings, in bytes a second."""
+    on_gpu = isinstance(memory, CudaMemory)
+    device = device_bytes_per_s(memory.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dequantize = {
+        f"{rows}x{columns}": _dequantize_bytes_per_s(memory.device, rows * columns, dtype)
+        for rows, columns in (SHAPES if on_gpu else _CPU_SHAPES)
+    }
+    return {
+        "link_by_piece_bytes_per_s": link_by_piece(memory, PIECES_MIB),
+        "memory_bytes_per_s": device,
+        "dequantize_bytes_per_s": dequantize,
+        "dequantize_share": {shape: round(rate / device, 4) for shape, rate in dequantize.items()},
+    }
+
+
+def link(memory: Memory) -> float | None:
+    """The link's bandwidth at its best, bytes a second; None where there is no link."""
+    return max(link_by_piece(memory, LINK_PIECES_MIB).values(), default=None)
+
+
+def link_by_piece(memory: Memory, pieces_mib: tuple[int, ...]) -> dict[str, float]:
+    """Pinned host-to-device bandwidth by the size of a copy: the best of several rounds, since a
+    ceiling is what can be reached. Empty where there is no link."""
+    if not isinstance(memory, CudaMemory):
+        return {}
+    with _pinned(memory, _LINK_BYTES) as source:
+        return {f"{mib} MiB": _link(memory, source, mib * MIB) for mib in pieces_mib}
+
+
+@contextmanager
+def _pinned(memory: Memory, size_bytes: int) -> Iterator[torch.Tensor]:
+    shared = SharedMemory.create(size_bytes, "bench")
+    try:
+        shared.tensor.fill_(1)
+        unpin = memory.pin(shared.tensor)
+        try:
+            yield shared.tensor
+        finally:
+            unpin()
+    finally:
+        shared.close()
+
+
+def _link(memory: CudaMemory, source: torch.Tensor, piece_bytes: int) -> float:
+    """Copies all of ``source`` in pieces, on one stream, into one place."""
     target = memory.allocate(piece_bytes)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(memory.device)
+    pieces = source.numel() // piece_bytes
     rates = []
-    for _ in range(8):
+    for _ in range(_ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(stream)
-        for offset in range(0, total_bytes - piece_bytes + 1, piece_bytes):
-            source = shared.tensor.data_ptr() + offset
+        for piece in range(pieces):
             memory.call(
-                memory.driver.cuMemcpyHtoDAsync,
-                target.tensor.data_ptr(), source, piece_bytes, stream.cuda_stream,
+                memory.driver.cuMemcpyHtoDAsync, target.tensor.data_ptr(),
+                source.data_ptr() + piece * piece_bytes, piece_bytes, stream.cuda_stream,
             )  # fmt: skip
         end.record(stream)
         end.synchronize()
-        copied = total_bytes // piece_bytes * piece_bytes
-        rates.append(copied / (start.elapsed_time(end) / 1000))
+        rates.append(pieces * piece_bytes / (start.elapsed_time(end) / 1000))
     target.close()
-    unpin()
-    shared.close()
     return max(rates)
 
 
-def device_bytes_per_s() -> float:
-    """Device memory bandwidth, bytes read plus bytes written, of a large copy."""
-    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
+def device_bytes_per_s(device: torch.device) -> float:
+    """Memory bandwidth: bytes read plus bytes written by a large copy."""
+    size_bytes = 4 << 30 if device.type == "cuda" else _CPU_BYTES
+    source = torch.empty(size_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.numel() / (ms / 1000)
+    return 2 * size_bytes / _seconds(lambda: target.copy_(source), device)
 
 
-def dequantize_bytes_per_s(rows: int, columns: int, dtype: torch.dtype) -> float:
+def _dequantize_bytes_per_s(device: torch.device, elements: int, dtype: torch.dtype) -> float:
     """Bytes read plus bytes written by the dequantizer, over its time."""
-    elements = rows * columns
-    codes = torch.empty(elements // 2, dtype=torch.uint8, device="cuda").random_()
-    scales = torch.rand(int4.scale_count(elements), device="cuda").to(torch.bfloat16)
-    out = torch.empty(elements, dtype=dtype, device="cuda")
-    ms = triton.testing.do_bench(
-        lambda: dequantize_into(codes, scales, out), rep=200, return_mode="median"
-    )
+    codes = torch.empty(elements // 2, dtype=torch.uint8, device=device).random_()
+    scales = torch.rand(int4.scale_count(elements), device=device).to(torch.bfloat16)
+    out = torch.empty(elements, dtype=dtype, device=device)
     moved = codes.numel() + 2 * scales.numel() + out.numel() * dtype.itemsize
-    return moved / (ms / 1000)
+    return moved / _seconds(lambda: dequantize_into(codes, scales, out), device)
 
 
-def measure() -> dict[str, object]:
-    """All ceilings, in bytes a second."""
-    memory = CudaMemory(torch.device("cuda", torch.cuda.current_device()))
-    device = device_bytes_per_s()
-    shapes = ((27648, 5120), (5120, 27648), (5120, 5120), (1024, 5120))
-    dequantize = {
-        f"{rows}x{columns}": dequantize_bytes_per_s(rows, columns, torch.bfloat16)
-        for rows, columns in shapes
-    }
-    return {
-        "link_bytes_per_s": {
-            f"{mb} MiB": link_bytes_per_s(memory, mb * MB) for mb in (1, 4, 16, 32, 64)
-        },
-        "device_bytes_per_s": device,
-        "dequantize_bytes_per_s": dequantize,
-        "dequantize_share": {shape: rate / device for shape, rate in dequantize.items()},
-    }
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median time of ``work``, with caches flushed between two runs on a GPU."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
 
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", help="write the JSON there too")
-    arguments = parser.parse_args()
-    result = finish(measure(), arguments.output)
-    print(json.dumps(result, indent=1), file=sys.stdout)
+        return do_bench(work, rep=200, return_mode="median") / 1000
+    times = []
+    work()
+    for _ in range(9):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

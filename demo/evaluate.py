@@ -11,6 +11,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str]) -> 
     """Greedy completions, with their special tokens."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     batch = batch.to(model.device)
-    ids = model.generate(**batch, do_sample=False, max_new_tokens=MOST_TOKENS)
+    generator: Any = model  # its type has no ``generate``, which comes from a mixin
+    ids = generator.generate(**batch, do_sample=False, max_new_tokens=MOST_TOKENS)
     new = ids[:, batch["input_ids"].shape[1] :]
     return [text.split(tokenizer.pad_token)[0] for text in tokenizer.batch_decode(new)]
 

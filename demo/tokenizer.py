@@ -9,8 +9,10 @@ gives a space before a digit a token of its own.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tokenizers import pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import Qwen2Tokenizer
 
 from demo.sums import Sum
@@ -47,9 +49,10 @@ def build() -> Qwen2Tokenizer:
     vocabulary = {t: i for i, t in enumerate(sorted(vocabulary, key=vocabulary.__getitem__))}
     for token in (PAD, START, END):
         vocabulary[token] = len(vocabulary)
+    merges: Any = [tuple(pair) for pair in learned["merges"]]  # its type says text
     return Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token=END,
         pad_token=PAD,
         extra_special_tokens=[START],
@@ -59,7 +62,7 @@ def build() -> Qwen2Tokenizer:
     )
 
 
-def prompt_and_completion(tokenizer: Qwen2Tokenizer, item: Sum, chat: bool) -> tuple[str, str]:
+def prompt_and_completion(tokenizer: Tokenizer, item: Sum, chat: bool) -> tuple[str, str]:
     """The text given to the model and the text wanted of it, in either prompt form.
 
     In the raw form the line break after the question is the model's to write.
@@ -67,5 +70,7 @@ def prompt_and_completion(tokenizer: Qwen2Tokenizer, item: Sum, chat: bool) -> t
     if not chat:
         return item.prompt, f"\n{item.working}{END}"
     messages = [{"role": "user", "content": item.prompt}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt: Any = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     return prompt, f"{item.working}{END}"

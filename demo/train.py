@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from demo import tokenizer
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace, trainer: Trainer, pool: Rows, held_out: Rows
     keep_best(trainer, best, test, tokens, args.out)
 
 
-def keep_best(trainer: Trainer, best: tuple, test: Rows, tokens: object, out: Path) -> tuple:
+def keep_best(trainer: Trainer, best: tuple, test: Rows, tokens: Tokenizer, out: Path) -> tuple:
     """Save the masters as bf16 if they score no worse than the best so far; the better score."""
     right, losses = trainer.score(test)
     log(
@@ -112,6 +113,11 @@ def keep_best(trainer: Trainer, best: tuple, test: Rows, tokens: object, out: Pa
     trainer.model.save_pretrained(out)
     tokens.save_pretrained(out)
     return found
+
+
+def moved(rows: Rows, device: str) -> Rows:
+    """The rows on another device."""
+    return rows[0].to(device), rows[1].to(device)
 
 
 def main() -> None:
@@ -135,14 +141,14 @@ def main() -> None:
     disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the drawing processes are forks
     pool = draw_pool(args.seed, args.examples, args.workers)
-    held_out = map(torch.from_numpy, draw_rows(args.seed + 1, args.held_out, held_out=True))
+    rows, starts = draw_rows(args.seed + 1, args.held_out, held_out=True)
+    held_out = torch.from_numpy(rows), torch.from_numpy(starts)
     log(f"{len(pool[0])} sums drawn")
     torch.manual_seed(args.seed)
     model = new_model(args.hidden, args.layers)
     log(f"{sum(p.numel() for p in model.parameters())} parameters on {args.device}")
     trainer = Trainer(model, args.device)
-    pool, held_out = (tuple(t.to(args.device) for t in rows) for rows in (pool, held_out))
-    train(args, trainer, pool, held_out)
+    train(args, trainer, moved(pool, args.device), moved(held_out, args.device))
 
 
 if __name__ == "__main__":

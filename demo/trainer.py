@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,9 @@ class Trainer:
     """
 
     def __init__(self, model: Qwen2ForCausalLM, device: str) -> None:
-        self.model = model.to(device)
-        self.params = list(model.parameters())
+        movable: Any = model  # its type takes a model where a device goes
+        self.model = movable.to(device)
+        self.params: list[Tensor] = list(model.parameters())
         self.masters = [p.detach().clone() for p in self.params]
         # The parameters alone: from_pretrained leaves the rotary frequencies in float32, too.
         for param in self.params:
@@ -76,6 +78,7 @@ class Trainer:
         loss = loss_of(self.model, *batch)
         loss.backward()
         for master, param in zip(self.masters, self.params, strict=True):
+            assert param.grad is not None
             master.grad, param.grad = param.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         for group in self.optimizer.param_groups:

@@ -107,7 +107,9 @@ def test_what_an_import_brings_along(module: str, forbidden: set[str]) -> None:
     assert not loaded & forbidden
 
 
-@pytest.mark.parametrize("command", [["launch.py"], ["-m", "feeder"], ["-m", "engine"]])
+@pytest.mark.parametrize(
+    "command", [["launch.py"], ["-m", "feeder"], ["-m", "engine"], ["-m", "bench"]]
+)
 def test_help_comes_without_torch(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *command, "--help"],

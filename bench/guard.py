@@ -1,0 +1,37 @@
+"""Bounds for what would wait for ever: an engine waits as long as it takes for its next feeder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from common.errors import WeightFeederError
+
+
+class TookTooLong(WeightFeederError):
+    """A setting was given up."""
+
+
+@contextmanager
+def limited(limit_s: float, look: Callable[[], object]) -> Iterator[None]:
+    """For the main thread: raises TookTooLong amid whatever it does when the time is up, and what
+    ``look`` raises when a child process has ended."""
+
+    def overdue(number: int, frame: FrameType | None) -> None:
+        raise TookTooLong(f"given up after {limit_s:.0f} s")
+
+    def child_ended(number: int, frame: FrameType | None) -> None:
+        look()
+
+    old_alarm = signal.signal(signal.SIGALRM, overdue)
+    old_child = signal.signal(signal.SIGCHLD, child_ended)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        look()
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_alarm)
+        signal.signal(signal.SIGCHLD, old_child)
