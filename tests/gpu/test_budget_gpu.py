@@ -16,6 +16,7 @@ from common.memory import memory_for
 from common.store import Store
 from engine.embedding import host_table
 from engine.generate import Generator, Sampling
+from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.text import codec_for
 from feeder.random_store import make_random_store
@@ -181,9 +182,11 @@ def test_memory_that_runs_out_comes_from_slots(
     """In the prompt and while it decodes; the text is that of an engine that had enough."""
 
     def generate(model: Any, engine: fed.Engine) -> list[int]:
+        keeper = MemoryKeeper(model, engine.client, engine.memory)
         codec = codec_for(Store.open(store))
         sampling = Sampling(max_new_tokens=16, temperature=1.0, seed=3)
-        generator = Generator(model, codec, sampling, raw=True)  # never splits a prompt
+        loop = Loop(None, keeper.survive)
+        generator = Generator(model, codec, sampling, True, loop)  # never splits a prompt
         return generator.answer(prompt(tokens), lambda _: None).ids
 
     memory = memory_for("cuda")
@@ -195,7 +198,6 @@ def test_memory_that_runs_out_comes_from_slots(
         torch.cuda.empty_cache()
         flags = (*CUDA, "--vram=4GB", "--context=64")
         with fed.model(room, store, *flags) as (model, engine):
-            MemoryKeeper(model, engine.client, engine.memory)
             before = engine.client.ask_status()["arena_bytes"]
             with filled_up_at(model.model.layers[5].mlp, call) as taken:
                 found = generate(model, engine)
