@@ -16,6 +16,7 @@ from common.memory import memory_for
 from common.store import Store
 from engine.embedding import host_table
 from engine.generate import Generator, Sampling
+from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.text import codec_for
 from feeder.random_store import make_random_store
@@ -37,6 +38,8 @@ CONFIG: dict[str, Any] = {
 }
 TABLE_BYTES = 50_000 * 2048 * 2
 MB = 10**6
+#: Dequantized, since all slots together are to be larger than what is asked of them.
+CUDA = ("--device=cuda", "--slots=dequantized")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_page_locked_memory_goes_back_with_the_last_view() -> None:
 
 def test_the_engine_leaves_the_table_in_host_memory(room: Room, store: Path) -> None:
     before = torch.cuda.memory_allocated()
-    with fed.model(room, store, "--device=cuda", "--cache=4") as (model, _):
+    with fed.model(room, store, *CUDA, "--cache=4") as (model, _):
         assert model.model.embed_tokens.weight.is_cuda
         assert torch.cuda.memory_allocated() - before < TABLE_BYTES // 10
 
@@ -116,7 +119,7 @@ def test_both_processes_together_stay_within_vram(room: Room, store: Path, vram:
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
     run = room.launch(
-        f"--model={store}", "--device=cuda", f"--vram={vram}MB", "--greedy",
+        f"--model={store}", *CUDA, f"--vram={vram}MB", "--greedy",
         "--max-new-tokens=64", f"--prompt={prompt(3000)}",
     )  # fmt: skip
     most = 0
@@ -131,7 +134,7 @@ def test_both_processes_together_stay_within_vram(room: Room, store: Path, vram:
 
 
 def test_too_little_is_one_line(room: Room, store: Path) -> None:
-    ended = room.launch(f"--model={store}", "--device=cuda", "--vram=1200MB", "--prompt=1").wait()
+    ended = room.launch(f"--model={store}", *CUDA, "--vram=1200MB", "--prompt=1").wait()
     assert ended.code == 1
     assert ended.last_line.startswith("error: feeder: --vram gives 1.2 GB and a run needs at least")
     assert "contexts 1.07 GB" in ended.last_line and "staging" in ended.last_line
@@ -139,7 +142,7 @@ def test_too_little_is_one_line(room: Room, store: Path) -> None:
 
 def test_a_prompt_longer_than_planned_goes_on(room: Room, store: Path) -> None:
     ended = room.launch(
-        f"--model={store}", "--device=cuda", "--vram=3GB", "--context=64", "--greedy",
+        f"--model={store}", *CUDA, "--vram=3GB", "--context=64", "--greedy",
         "--max-new-tokens=16", f"--prompt={prompt(12_000)}",
     ).wait()  # fmt: skip
     assert ended.code == 0, ended.err
@@ -179,21 +182,22 @@ def test_memory_that_runs_out_comes_from_slots(
     """In the prompt and while it decodes; the text is that of an engine that had enough."""
 
     def generate(model: Any, engine: fed.Engine) -> list[int]:
+        keeper = MemoryKeeper(model, engine.client, engine.memory)
         codec = codec_for(Store.open(store))
         sampling = Sampling(max_new_tokens=16, temperature=1.0, seed=3)
-        generator = Generator(model, codec, sampling, raw=True)  # never splits a prompt
+        loop = Loop(None, keeper.survive)
+        generator = Generator(model, codec, sampling, True, loop)  # never splits a prompt
         return generator.answer(prompt(tokens), lambda _: None).ids
 
     memory = memory_for("cuda")
     try:
-        with fed.model(room, store, "--device=cuda", "--cache=-1") as (model, engine):
+        with fed.model(room, store, *CUDA, "--cache=-1") as (model, engine):
             expected = generate(model, engine)
             del model, engine
         gc.collect()
         torch.cuda.empty_cache()
-        flags = ("--device=cuda", "--vram=4GB", "--context=64")
+        flags = (*CUDA, "--vram=4GB", "--context=64")
         with fed.model(room, store, *flags) as (model, engine):
-            MemoryKeeper(model, engine.client, engine.memory)
             before = engine.client.ask_status()["arena_bytes"]
             with filled_up_at(model.model.layers[5].mlp, call) as taken:
                 found = generate(model, engine)

@@ -81,7 +81,7 @@ def test_the_demo(room: Room, tmp_path: Path) -> None:
     ]
     source, output = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
     source.write_text(json.dumps(prompts))
-    flags = ["--cache=800KiB", "--wait-full", "--json", f"--prompts={source}"]
+    flags = ["--cache=800KiB", "--strategy=ring", "--wait-full", "--json", f"--prompts={source}"]
     ended = room.launch(*flags, f"--output={output}").wait()
     assert ended.code == 0, ended.err
     assert not quantized(ended)

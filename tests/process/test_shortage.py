@@ -22,6 +22,7 @@ from transformers import Qwen2ForCausalLM
 from common import protocol as p
 from common.errors import MemoryShortageError, PeerError
 from common.store import Store
+from engine.cache import make_cache
 from engine.generate import Answer, Generator, Sampling
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
@@ -125,6 +126,29 @@ def test_packed_slots_make_room_too(room: Room, tmp_path: Path) -> None:
         assert lives.status(room)["arena_bytes"] < before // 4
 
 
+@pytest.mark.parametrize("tokens", [1, 250], ids=["no growth", "as it grows"])
+def test_a_cache_in_one_piece_is_rolled_back(room: Room, small_store: Path, tokens: int) -> None:
+    prompt = torch.arange(1, 255)[None]  # a cache of 256, and room for two tokens more
+    step = torch.arange(7, 7 + (3 if tokens == 250 else 1))[None]
+    with fed.model(room, small_store, "--cache=-1", "--dtype=float32") as (model, engine):
+        MemoryKeeper(model, engine.client, engine.memory)
+
+        def logits(*calls: int) -> list[torch.Tensor]:
+            cache = make_cache(2, tokens)
+            found = []
+            with torch.inference_mode(), runs_out(attention(1)(model), *calls):
+                for ids in (prompt, step, step):
+                    found.append(model(ids, past_key_values=cache, use_cache=True).logits)
+            assert cache.get_seq_length() == prompt.numel() + 2 * step.numel()
+            return found
+
+        expected = logits()
+        for call in (0, 1, 2):
+            for ours, theirs in zip(logits(call), expected, strict=True):
+                assert torch.equal(ours, theirs), call
+            lives.ask(room, p.Swap("", "-1", ""))  # what it gave, it has again
+
+
 def test_when_slots_cannot_make_room_it_says_so(room: Room, small_store: Path) -> None:
     with fed.model(room, small_store, "--cache=-1", "--dtype=float32") as (model, engine):
         keeper = MemoryKeeper(model, engine.client, engine.memory)
@@ -204,7 +228,7 @@ def test_the_feeder_is_replaced_while_the_engine_waits_for_memory(
 def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Much activation for little weight."""
     path = tmp_path_factory.mktemp("wide")
-    checkpoint = make_checkpoint(path / "model", hidden=48, intermediate=3000, layers=2)
+    checkpoint = make_checkpoint(path / "model", hidden=48, intermediate=5000, layers=2)
     edit_config(checkpoint, max_position_embeddings=4096)
     quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
     return path / "store"
