@@ -26,12 +26,14 @@ from common.store import Store
 from common.wait import Wakeup
 from feeder.filler import filler_for
 from feeder.host import LAYOUT_VERSION, HostStore
+from feeder.outlook import Outlook
 from feeder.serve import Feeder
 from feeder.strategies.registry import make_strategy
 
 
 def serve(arguments: argparse.Namespace, leash: Leash) -> None:
-    """Serve the store ``arguments.model`` until told to stop. Raises WeightFeederError."""
+    """Serve the store ``arguments.model`` until told to stop; with ``arguments.plan`` only say how
+    that would be. Raises WeightFeederError."""
     cache = Cache.parse(arguments.cache)
     strategy = make_strategy(arguments.strategy)
     path = Path(arguments.model).resolve()  # an engine may be started elsewhere
@@ -57,6 +59,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
                 log.info, "the host store stays in %s for the next feeder %r; to be rid of it, start"
                 " that without --keep-store", SHM_DIRECTORY, arguments.name,
             )  # fmt: skip
+        outlook = Outlook(host, memory, dtype)
         wakeup = Wakeup()
         stack.callback(wakeup.close)
         filler = filler_for(host, memory, wakeup)
@@ -64,6 +67,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.verify
         )
         stack.callback(feeder.close)
+        outlook.tell(feeder.slots, feeder.scheduler, arguments.plan, arguments.json)
+        if arguments.plan:
+            return
         capacity = feeder.scheduler.capacity
         log.info(
             "serving %s as %r: strategy %s, %d of %d weights in %s of %s slots on %s",
