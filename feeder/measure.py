@@ -6,7 +6,7 @@ Runs before there are slots, takes memory only of what is free, and gives it bac
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -102,7 +102,7 @@ def _on_cuda(store: torch.Tensor, memory: CudaMemory, dtype: torch.dtype) -> Mea
     bandwidth = _device_bandwidth(memory)
     matmul = _matmul(device, dtype)
     # The link last: who asks for its generation next asks before it has gone to sleep again.
-    link = _link(store, memory)
+    link = link_bandwidth(store, memory)
     return Measured(torch.cuda.get_device_name(device), link, bandwidth, matmul, launch_s)
 
 
@@ -116,7 +116,8 @@ def _timed(device: torch.device, work: Callable[[], None]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def _link(store: torch.Tensor, memory: CudaMemory) -> float:
+def link_bandwidth(store: torch.Tensor, memory: CudaMemory) -> float:
+    """Bytes a second that page-locked host memory reaches the device with."""
     piece_bytes = PIECE_BYTES
     while True:
         try:
@@ -202,12 +203,10 @@ def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
     out = torch.empty(max(sizes), dtype=dtype)
 
     def fill() -> float:
-        return _seconds(
-            lambda: [_dequantize(host, t, out[:n]) for t, n in zip(tiles, sizes, strict=True)]
-        )
+        return _seconds(lambda: _dequantize(host, zip(tiles, sizes, strict=True), out))
 
     def copy() -> float:
-        return _seconds(lambda: out.clone())
+        return _seconds(out.clone)
 
     def multiply() -> float:
         return _seconds(lambda: torch.mm(left, right))
@@ -225,11 +224,12 @@ def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
     )
 
 
-def _dequantize(host: HostStore, tile: Tile, out: torch.Tensor) -> None:
-    """The first elements of a tile, as many as ``out`` takes."""
-    codes = host.tensor[tile.offset_bytes :][: code_bytes(out.numel())]
-    scales = host.tensor[tile.offset_bytes + tile.scales_at :][: 2 * scale_count(out.numel())]
-    dequantize_into(codes, scales.view(torch.bfloat16), out)
+def _dequantize(host: HostStore, some: Iterable[tuple[Tile, int]], out: torch.Tensor) -> None:
+    """The first so many elements of each tile, one after the other into the same place."""
+    for tile, elements in some:
+        codes = host.tensor[tile.offset_bytes :][: code_bytes(elements)]
+        scales = host.tensor[tile.offset_bytes + tile.scales_at :][: 2 * scale_count(elements)]
+        dequantize_into(codes, scales.view(torch.bfloat16), out[:elements])
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 
@@ -11,7 +10,7 @@ from common.config import Cache
 from common.log import log
 from common.memory import CudaMemory, Memory
 from feeder import forecast as f
-from feeder import topology
+from feeder import plan_text, topology
 from feeder.host import HostStore
 from feeder.measure import measure
 from feeder.mps import mps_running
@@ -47,17 +46,15 @@ class Outlook:
             machine = f.hardware(self._around, staging_bytes)
             found = f.forecast(subject, make_strategy(strategy.spec or strategy.name), machine)
         of = (subject, strategy.name, self._around, found)
+        told, warnings = plan_text.lines(*of), plan_text.warnings(*of)
+        told += [f"warning: {line}" for line in warnings]
         if not plan_only:
-            for line in f.lines(*of):
+            for line in told:
                 log.info("plan: %s", line)
-            for line in f.warnings(*of):
-                log.warning("plan: %s", line)
         elif as_json:
-            print(json.dumps(f.as_json(*of)), flush=True)
+            print(json.dumps(plan_text.as_json(*of)), flush=True)
         else:
-            told = [f"plan: {line}" for line in f.lines(*of)]
-            told += [f"warning: {line}" for line in f.warnings(*of)]
-            print("\n".join(told), file=sys.stdout, flush=True)
+            print("\n".join(told), flush=True)
 
 
 def subject_of(slots: SlotMemory) -> f.Subject:

@@ -14,7 +14,9 @@ SYSFS = Path("/sys")
 #: One way, GB/s a lane, by generation: what the link could do before anything is lost on it.
 LANE_GB_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 _GENERATION = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}  # by GT/s
-_SMI_FIELDS = tuple(f"pcie.link.{what}.{when}" for what in ("gen", "width") for when in ("current", "max"))
+_SMI_FIELDS = tuple(
+    f"pcie.link.{what}.{when}" for what in ("gen", "width") for when in ("current", "max")
+)
 FAR_SHARE = 0.1  # of the host store on other nodes, above which it is worth a line
 
 
