@@ -16,7 +16,7 @@ from bench.record import finish
 from common import int4
 from common.memory import CudaMemory
 from common.shared import SharedMemory
-from feeder.dequantize import dequantize_into
+from common.dequantize import dequantize_into
 
 MB = 1 << 20
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from common.config import DTYPES
+from common.config import DTYPES, SLOTS
 from common.errors import EXIT_USAGE
 
 
@@ -46,6 +46,10 @@ def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--strategy", default="ring", metavar="NAME|FILE:CLASS",
             help="ring, resident, on-demand, or your own",
+        ),
+        parser.add_argument(
+            "--slots", default="auto", choices=SLOTS,
+            help="what slots hold: INT4 as it is, or the model's dtype; auto: what is faster",
         ),
         parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu"),
         parser.add_argument(

@@ -9,6 +9,7 @@ from fractions import Fraction
 from common.errors import UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
+SLOTS = ("auto", "packed", "dequantized")
 
 _UNITS = {
     "B": 1,

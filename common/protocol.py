@@ -15,7 +15,7 @@ import msgpack
 
 from common.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_ITEMS = 1 << 16
@@ -99,7 +99,7 @@ class Grant:
     segment: int
     offset_bytes: int
     size_bytes: int
-    format: str
+    format: str  # "dequantized" or "packed", see common/formats.py
     standing: bool
     checksum: int  # of the slot's bytes in verify mode, else 0
 
@@ -134,10 +134,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Swap:
-    """Change the strategy ("" leaves it) and the cache ("" leaves it). Answered by Done or Failure."""
+    """Change the strategy, the cache and the slots' format ("" leaves each). Answered by Done or
+    Failure."""
 
     strategy: str
     cache: str
+    slots: str = ""
 
 
 @dataclass(frozen=True)

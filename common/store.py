@@ -7,6 +7,7 @@ only reading does.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from common.strict_json import read_object
 
 if TYPE_CHECKING:
     import torch
+
+READ_BYTES = 32 << 20  # at once: between two reads a thread can be told to stop
 
 __all__ = [
     "FORMAT_VERSION",
@@ -59,6 +62,8 @@ class Store:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -112,6 +117,14 @@ class Store:
         codes = self._read(entry.file, f"{entry.name}.codes")
         return codes, self._read(entry.file, f"{entry.name}.scales")
 
+    def read_weight_into(
+        self, entry: WeightEntry, codes: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        """Read a weight's bytes straight into ``codes`` and ``scales``, uint8 on the CPU, each of the
+        entry's length. Any thread may, and no two wait for each other. Raises StoreError."""
+        self._read_into(entry.file, f"{entry.name}.codes", codes)
+        self._read_into(entry.file, f"{entry.name}.scales", scales)
+
     def read_resident(self, entry: ResidentEntry) -> torch.Tensor:
         """A resident tensor in its own shape and dtype; no copy. Raises StoreError."""
         return self._read(entry.file, entry.name)
@@ -132,6 +145,9 @@ class Store:
         """Forget the open files; each mapping lasts as long as a tensor that views it."""
         with self._lock:
             self._handles.clear()
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
 
     def _compare(self, file: str, name: str, expected: str, data: Any) -> None:
         found = checksum(data)
@@ -146,6 +162,23 @@ class Store:
             return self._handle(file).get_tensor(name)
         except Exception as error:  # safetensors raises its own type and several built-in ones
             raise StoreError(f"{self.path / file}: cannot read {name}: {error}") from error
+
+    def _read_into(self, file: str, name: str, destination: torch.Tensor) -> None:
+        view = memoryview(destination.numpy())
+        try:
+            with self._lock:
+                if file not in self._fds:
+                    self._offsets |= read_header(self.path / file).offsets
+                    self._fds[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+            fd, at = self._fds[file], self._offsets[name]
+            while view:
+                got = os.preadv(fd, [view[:READ_BYTES]], at)
+                if not got:
+                    raise OSError(0, "the file has become shorter")
+                view, at = view[got:], at + got
+        except (OSError, SafetensorsError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise StoreError(f"{self.path / file}: cannot read {name}: {reason}") from error
 
     def _handle(self, file: str) -> Any:
         from safetensors import safe_open

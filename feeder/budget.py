@@ -9,6 +9,7 @@ import torch
 
 from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError, StrategyError
+from common.formats import DEQUANTIZED, FORMATS, PACKED, packable, slot_bytes
 from common.plan import Capacity, Plan
 from common.store import Store
 from feeder.arena import aligned
@@ -76,9 +77,31 @@ class Request:
         return answer
 
 
-def slot_sizes(store: Store, dtype: torch.dtype) -> list[int]:
-    """Bytes of each weight in a dequantized slot, by weight."""
-    return [aligned(entry.elements * dtype.itemsize) for entry in store.weights]
+def slot_formats(store: Store, slots: str, strategy: Strategy) -> list[str]:
+    """What each weight is in its slot, by weight: ``slots`` ("dequantized", "packed", or "auto"), unless
+    the strategy says otherwise of it, or it cannot be multiplied with packed. StrategyError if the
+    strategy names no format."""
+    usual = DEQUANTIZED if slots == DEQUANTIZED else PACKED
+    formats = []
+    for weight, entry in enumerate(store.weights):
+        try:
+            chosen = strategy.slot_format(weight, usual)
+        except Exception as error:
+            raise StrategyError(f"{strategy.name}: slot_format raises {error!r}: mend it") from error
+        if chosen not in FORMATS:
+            raise StrategyError(
+                f"{strategy.name}: slot_format gives {chosen!r}, expected {' or '.join(FORMATS)}"
+            )
+        formats.append(chosen if packable(entry.shape) else DEQUANTIZED)
+    return formats
+
+
+def slot_sizes(store: Store, dtype: torch.dtype, formats: Sequence[str]) -> list[int]:
+    """Bytes of each weight in its slot, by weight."""
+    return [
+        aligned(slot_bytes(slot_format, entry.elements, dtype.itemsize))
+        for entry, slot_format in zip(store.weights, formats, strict=True)
+    ]
 
 
 def engine_reserve_bytes(store: Store, device: torch.device, engine_runs: bool) -> int:

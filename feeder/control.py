@@ -12,7 +12,7 @@ from typing import Any
 from common import protocol as p
 from common.arguments import Parser
 from common.channel import Client, Poller
-from common.config import Cache, format_bytes
+from common.config import SLOTS, Cache, format_bytes
 from common.errors import EXIT_INTERRUPTED, EXIT_OK, PeerError, WeightFeederError
 from common.process import Lock, remove_run_directory, run_directory
 
@@ -80,6 +80,7 @@ def _parser() -> Parser:
     swap = commands.add_parser("swap", help="change strategy and cache, while it runs")
     swap.add_argument("strategy", metavar="NAME|FILE:CLASS")
     swap.add_argument("--cache", default="", metavar="N|SIZE", help="change the cache too")
+    swap.add_argument("--slots", default="", choices=SLOTS, help="change what slots hold, too")
     swap.set_defaults(work=_swap)
     stop = commands.add_parser("stop", help="end it")
     stop.set_defaults(work=_stop)
@@ -95,7 +96,8 @@ def _swap(arguments: argparse.Namespace) -> None:
         strategy = f"{Path(path).resolve()}:{name}"
     if arguments.cache:
         Cache.parse(arguments.cache)
-    answer = ask(arguments.name, p.Swap(strategy, arguments.cache), SWAP_PATIENCE_S)
+    request = p.Swap(strategy, arguments.cache, arguments.slots)
+    answer = ask(arguments.name, request, SWAP_PATIENCE_S)
     print(answer.text if isinstance(answer, p.Done) else answer)
 
 

@@ -1,21 +1,33 @@
-"""Fills: brings one weight from the host store into a slot. Knows nothing of strategies or peers.
+"""Fills: brings weights from the host store into slots. Knows nothing of strategies or peers.
 
-On CUDA everything is queued and nothing waits: tiles are copied on one stream into a ring of staging
-buffers and dequantized on another, so that the link never idles between two fills.
+On CUDA everything is queued and nothing waits. A packed slot is filled by one copy. For a dequantized
+one the packed bytes are copied into staging memory on one stream and dequantized from there on another.
+Staging does not wait for slots: weights that will be filled next are copied ahead, so that the link
+stays busy however few slots there are and however late one is given back.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
-from common.memory import CudaMemory, Memory
+from common.blocks import BLOCK, code_bytes, scale_count
+from common.dequantize import dequantize_into
+from common.errors import InternalError
+from common.formats import PACKED
+from common.memory import PIN_CHUNK_BYTES, CudaMemory, Memory, Segment
 from common.wait import Wakeup, Work, Worker
-from feeder.dequantize import dequantize_into
-from feeder.host import HostStore, Tile
+from feeder.arena import Arena, aligned
+from feeder.host import HostStore
 
-STAGING_TILES = 4
+STAGING_BYTES = 256 << 20
+#: A weight is staged in pieces of at most so many elements: whole up to the largest matrix of a 32B
+#: model, 27648 x 5120, so that each is one copy; lm_head in several.
+PIECE_ELEMENTS = 144 << 20
 
 
 class Filler(ABC):
@@ -26,9 +38,20 @@ class Filler(ABC):
         self.streamed_bytes = 0
 
     @abstractmethod
-    def start(self, weight: int, destination: torch.Tensor) -> Work:
-        """Begin to fill ``destination`` (N x K elements, flat). Fills complete in the order they
-        were started."""
+    def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
+        """Begin to fill ``destination``: the slot's bytes (uint8) if it is packed, else N x K elements
+        of the model's dtype, flat. Fills complete in the order they were started."""
+
+    def use_staging(self, on: bool) -> None:
+        """Whether dequantized slots are going to be filled. No fill may be on its way."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """How much packed data ``prefetch`` may be asked for; 0: it is of no use."""
+        return 0
+
+    def prefetch(self, weights: Iterable[int]) -> None:
+        """These will be filled next, in this order: bring them nearer."""
 
     def close(self) -> None:
         """Free what the fills used. All fills must be complete."""
@@ -43,20 +66,50 @@ class CpuFiller(Filler):
         # One core: the others are the engine's, whose threads wait for each other at every product.
         self._worker.submit(lambda: torch.set_num_threads(1))  # holds for the thread that calls it
 
-    def start(self, weight: int, destination: torch.Tensor) -> Work:
-        tiles = self.host.tiles[weight]
-        self.streamed_bytes += sum(tile.size_bytes for tile in tiles)
-
-        def fill() -> None:
-            for tile in tiles:
-                out = destination[tile.first :][: tile.elements]
-                codes, scales = self.host.codes(weight, tile), self.host.scales(weight, tile)
-                dequantize_into(codes, scales, out)
-
-        return self._worker.submit(fill)
+    def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
+        host = self.host
+        self.streamed_bytes += host.store.weights[weight].packed_bytes
+        if slot_format == PACKED:
+            return self._worker.submit(lambda: destination.copy_(host.packed(weight)))
+        return self._worker.submit(
+            lambda: dequantize_into(host.codes(weight), host.scales(weight), destination)
+        )
 
     def close(self) -> None:
         self._worker.close()
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A run of whole blocks of one weight, on its way through staging."""
+
+    first: int
+    elements: int
+    offset_bytes: int = -1  # in staging
+    arrived: torch.cuda.Event | None = None
+    dequantized: Work | None = None
+
+
+@dataclass(eq=False)
+class _Staged:
+    """A weight on its way. ``destination``: None while it is only copied ahead."""
+
+    weight: int
+    pieces: list[_Piece]
+    destination: torch.Tensor | None = None
+    to_copy: deque[_Piece] = field(default_factory=deque)
+    to_free: deque[_Piece] = field(default_factory=deque)
+
+
+class _Fill(Work):
+    """Complete when every piece has been dequantized. Asking moves all fills on."""
+
+    def __init__(self, filler: CudaFiller, staged: _Staged) -> None:
+        self._filler, self._staged = filler, staged
+
+    def complete(self) -> bool:
+        self._filler.move_on()
+        return not self._staged.to_copy and not self._staged.to_free
 
 
 class CudaFiller(Filler):
@@ -65,44 +118,162 @@ class CudaFiller(Filler):
     def __init__(self, host: HostStore, memory: CudaMemory) -> None:
         super().__init__(host)
         self._memory = memory
-        largest = max(tile.size_bytes for tiles in host.tiles for tile in tiles)
-        self._stride = -(-largest // 512) * 512
-        self._staging = memory.allocate(self._stride * STAGING_TILES)
         self._copy = torch.cuda.Stream(memory.device)
         self._compute = torch.cuda.Stream(memory.device)
-        # For good: to enter it for every tile would cost more than the launch.
+        # For good: to enter it for every piece would cost more than the launch.
         torch.cuda.set_stream(self._compute)
-        self._arrived = [torch.cuda.Event() for _ in range(STAGING_TILES)]
-        self._consumed = [torch.cuda.Event() for _ in range(STAGING_TILES)]
-        self._next = 0
+        self._events: list[torch.cuda.Event] = []
+        self._ahead: dict[int, _Staged] = {}  # copied ahead, by weight, in the order of the copies
+        self._filling: deque[_Staged] = deque()  # started, in order
+        self._pieces = [self._cut(place.elements) for place in host.places]
+        self._staging: Segment | None = None
+        self._arena: Arena | None = None
 
-    def start(self, weight: int, destination: torch.Tensor) -> Work:
-        for tile in self.host.tiles[weight]:
-            self._tile(tile, destination[tile.first :][: tile.elements])
-            self.streamed_bytes += tile.size_bytes
-        return self._memory.mark(self._compute)
+    def use_staging(self, on: bool) -> None:
+        if on and self._staging is None:
+            largest = max(_piece_bytes(count) for pieces in self._pieces for _, count in pieces)
+            size = max(min(STAGING_BYTES, self.host.size_bytes), 2 * aligned(largest))
+            self._staging, self._arena = self._memory.allocate(size), Arena(size)
+        elif not on and self._staging is not None:
+            self._ahead.clear()
+            torch.cuda.synchronize(self._memory.device)  # copies ahead may be on their way
+            self._staging.close()
+            self._staging = self._arena = None
 
-    def _tile(self, tile: Tile, out: torch.Tensor) -> None:
-        index = self._next
-        self._next = (index + 1) % STAGING_TILES
-        memory, driver = self._memory, self._memory.driver
-        staging = self._staging.tensor[index * self._stride :][: tile.size_bytes]
-        self._copy.wait_event(self._consumed[index])  # its last tile has been dequantized
-        source = self.host.tensor.data_ptr() + tile.offset_bytes
-        memory.call(
-            driver.cuMemcpyHtoDAsync,
-            staging.data_ptr(), source, tile.size_bytes, self._copy.cuda_stream,
-        )  # fmt: skip
-        self._arrived[index].record(self._copy)
-        self._compute.wait_event(self._arrived[index])
-        codes = staging[: (tile.elements + 1) // 2]
-        scales = staging[tile.scales_at :].view(torch.bfloat16)
-        dequantize_into(codes, scales, out)
-        self._consumed[index].record(self._compute)
+    @property
+    def staging_bytes(self) -> int:
+        return self._arena.size_bytes if self._arena else 0
+
+    def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
+        if slot_format == PACKED:
+            place = self.host.places[weight]
+            self._transfer(place.offset_bytes, destination.data_ptr(), place.size_bytes)
+            self.streamed_bytes += self.host.store.weights[weight].packed_bytes
+            return self._memory.mark(self._copy)
+        staged = self._ahead.pop(weight, None) or self._stage(weight)
+        staged.destination = destination
+        self._filling.append(staged)
+        self.move_on()
+        return _Fill(self, staged)
+
+    def prefetch(self, weights: Iterable[int]) -> None:
+        if self._arena is None or any(staged.to_copy for staged in self._filling):
+            return  # what was started goes first
+        wanted = list(weights)
+        for weight in wanted:
+            if len(self._pieces[weight]) > 1:
+                return  # larger than a piece: it would fill staging before its turn
+            if weight in self._ahead:
+                continue
+            staged = self._stage(weight)
+            if not self._copy_piece(staged):
+                stale = [ahead for ahead in self._ahead if ahead not in wanted]
+                for other in stale:
+                    self._drop(self._ahead.pop(other))
+                if not stale or not self._copy_piece(staged):
+                    return
+            self._ahead[weight] = staged
+
+    def move_on(self) -> None:
+        """Free what was dequantized, copy and dequantize what now finds room. Never waits."""
+        for staged in self._filling:
+            while staged.to_free and (work := staged.to_free[0].dequantized) and work.complete():
+                self._free(staged.to_free.popleft())
+        while self._filling and not (self._filling[0].to_copy or self._filling[0].to_free):
+            self._filling.popleft()
+        room = True
+        for staged in self._filling:
+            while room and staged.to_copy:  # in order: the room is for whoever was started first
+                room = self._copy_piece(staged) or self._drop_one()
+            for piece in staged.to_free:
+                if piece.dequantized is None:
+                    self._dequantize(staged, piece)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._memory.device)
-        self._staging.close()
+        if self._staging is not None:
+            self._staging.close()
+
+    # Pieces ------------------------------------------------------------------------------------
+
+    def _cut(self, elements: int) -> list[tuple[int, int]]:
+        """First element and count of each piece."""
+        count = -(-elements // PIECE_ELEMENTS)
+        step = -(-scale_count(elements) // count) * BLOCK
+        return [(first, min(step, elements - first)) for first in range(0, elements, step)]
+
+    def _stage(self, weight: int) -> _Staged:
+        pieces = [_Piece(first, elements) for first, elements in self._pieces[weight]]
+        return _Staged(weight, pieces, to_copy=deque(pieces))
+
+    def _copy_piece(self, staged: _Staged) -> bool:
+        """Begin to copy the next piece, if staging has room."""
+        if self._arena is None or self._staging is None:
+            raise InternalError("a dequantized slot is to be filled, and there is no staging")
+        piece, place = staged.to_copy[0], self.host.places[staged.weight]
+        offset = self._arena.allocate(_piece_bytes(piece.elements))
+        if offset is None:
+            return False
+        to = self._staging.tensor.data_ptr() + offset
+        if len(staged.pieces) == 1:
+            self._transfer(place.offset_bytes, to, place.size_bytes)
+        else:
+            codes = place.offset_bytes + piece.first // 2
+            self._transfer(codes, to, code_bytes(piece.elements))
+            scales = place.offset_bytes + place.scales_at + 2 * (piece.first // BLOCK)
+            size = 2 * scale_count(piece.elements)
+            self._transfer(scales, to + aligned(code_bytes(piece.elements)), size)
+        self.streamed_bytes += code_bytes(piece.elements) + 2 * scale_count(piece.elements)
+        piece.offset_bytes = offset
+        piece.arrived = self._events.pop() if self._events else torch.cuda.Event()
+        piece.arrived.record(self._copy)
+        staged.to_free.append(staged.to_copy.popleft())
+        return True
+
+    def _dequantize(self, staged: _Staged, piece: _Piece) -> None:
+        assert self._staging is not None and staged.destination is not None
+        assert piece.arrived is not None
+        self._compute.wait_event(piece.arrived)
+        at = self._staging.tensor[piece.offset_bytes :]
+        size = code_bytes(piece.elements)
+        scales_at = aligned(size)
+        if len(staged.pieces) == 1:
+            scales_at = self.host.places[staged.weight].scales_at
+        scales = at[scales_at:][: 2 * scale_count(piece.elements)].view(torch.bfloat16)
+        dequantize_into(at[:size], scales, staged.destination[piece.first :][: piece.elements])
+        piece.dequantized = self._memory.mark(self._compute)
+
+    def _free(self, piece: _Piece) -> None:
+        assert self._arena is not None and piece.arrived is not None
+        self._arena.free(piece.offset_bytes)
+        self._events.append(piece.arrived)
+
+    def _drop_one(self) -> bool:
+        """Give up what was copied ahead last, to make room for what was started. The next copy into
+        its place is queued behind its own, and nothing else reads it."""
+        if not self._ahead:
+            return False
+        self._drop(self._ahead.popitem()[1])
+        return True
+
+    def _drop(self, staged: _Staged) -> None:
+        for piece in staged.to_free:
+            self._free(piece)
+
+    def _transfer(self, source: int, destination: int, size: int) -> None:
+        """Copy from the host store; pieces of memory that were pinned apart are copied apart."""
+        memory, start = self._memory, self.host.tensor.data_ptr()
+        while size:
+            length = min(size, PIN_CHUNK_BYTES - source % PIN_CHUNK_BYTES)
+            memory.call(
+                memory.driver.cuMemcpyHtoDAsync,
+                destination, start + source, length, self._copy.cuda_stream,
+            )  # fmt: skip
+            source, destination, size = source + length, destination + length, size - length
+
+
+def _piece_bytes(elements: int) -> int:
+    return aligned(code_bytes(elements)) + 2 * scale_count(elements)
 
 
 def filler_for(host: HostStore, memory: Memory, wakeup: Wakeup) -> Filler:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import protocol as p
-from common.config import Cache, format_bytes
+from common.config import SLOTS, Cache, format_bytes
 from common.errors import UsageError, WeightFeederError
 from common.log import log
+from feeder.budget import slot_formats
 from feeder.scheduler import Scheduler
 from feeder.slot_memory import SlotMemory
 from feeder.strategies.base import Strategy
@@ -80,6 +81,7 @@ class _Resize:
     peer: bytes
     strategy: Strategy
     cache: Cache
+    slots: str
     retiring: bool = False
 
 
@@ -103,17 +105,22 @@ class SwapRequests:
             now = scheduler.strategy
             cache = Cache.parse(swap.cache) if swap.cache else slots.cache
             strategy = make_strategy(swap.strategy or now.spec or now.name)
-            capacity = slots.fitting(strategy, cache, instead=True)
+            if swap.slots not in ("", *SLOTS):
+                raise UsageError(f"slots {swap.slots!r} found: expected {', '.join(SLOTS)}")
+            kind = swap.slots or slots.slots
+            capacity = slots.fitting(strategy, cache, kind, instead=True)
+            formats = slot_formats(slots.store, kind, strategy)
         except WeightFeederError as error:
             self._reply(peer, p.Failure("swap", str(error)))
             return
         has = scheduler.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        if fits and not swap.cache:
+        if fits and not swap.cache and formats == slots.formats:
+            slots.slots = kind
             scheduler.set_strategy(strategy)
             self._done(peer)
             return
-        self._resize = _Resize(peer, strategy, cache)
+        self._resize = _Resize(peer, strategy, cache, kind)
         scheduler.drain()
 
     def go_on(self, mapped: bool, retire: Callable[[], object]) -> bool:
@@ -130,9 +137,9 @@ class SwapRequests:
                 retire()
             return False
         self._resize = None
-        refused = slots.replace(resize.strategy, resize.cache)
+        refused = slots.replace(resize.strategy, resize.cache, resize.slots)
         strategy = self._scheduler.strategy if refused else resize.strategy
-        self._scheduler.resize(slots.capacity, strategy)
+        self._scheduler.resize(slots.capacity, strategy, slots.sizes)
         if refused:
             self._reply(resize.peer, p.Failure("memory", refused))
         else:

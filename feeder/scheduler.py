@@ -189,10 +189,14 @@ class Scheduler:
     def drained(self) -> bool:
         return self._draining and not len(self.slots)
 
-    def resize(self, capacity: Capacity, strategy: Strategy) -> None:
-        """Go on with an arena of another size. Only when ``drained``."""
+    def resize(
+        self, capacity: Capacity, strategy: Strategy, sizes: Sequence[int] | None = None
+    ) -> None:
+        """Go on with an arena of another size, and weights of other ``sizes``. Only when ``drained``."""
         if not self.drained:
             raise InternalError("the arena can be resized only when every slot is free")
+        if sizes is not None:
+            self.sizes = tuple(aligned(size) for size in sizes)
         self.capacity = capacity
         self.arena = Arena(capacity.size_bytes)
         self._draining = False

@@ -17,6 +17,7 @@ from common import protocol as p
 from common.channel import Poller, Server
 from common.config import Cache
 from common.errors import PeerError, ProtocolError
+from common.formats import PACKED
 from common.log import log
 from common.memory import Memory
 from common.plan import Plan
@@ -59,17 +60,20 @@ class Feeder:
         dtype: torch.dtype,
         cache: Cache,
         strategy: Strategy,
+        slots: str,
         verify: bool = False,
     ) -> None:
         """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes."""
-        self.slots = SlotMemory(host.store, memory, dtype, directory, cache, strategy)
+        self.slots = SlotMemory(
+            host.store, memory, dtype, directory, cache, strategy, slots, filler.use_staging
+        )
         self.scheduler = Scheduler(
             self.slots.plan, self.slots.sizes, self.slots.capacity, strategy,
             first_generation=int.from_bytes(os.urandom(4), "big"), on_fallback=log.error,
             on_evict=self._evicted if verify else None,
         )  # fmt: skip
         self._store, self._memory, self._filler = host.store, memory, filler
-        self._verifier = Verifier(host, dtype) if verify else None
+        self._verifier = Verifier(host, self.slots) if verify else None
         self._wakeup, self._signal = wakeup, SignalFlag(wakeup)
         self._fills: Pending[int] = Pending()
         self._meter = LinkMeter()
@@ -138,8 +142,10 @@ class Feeder:
         for command in self.scheduler.step():
             match command:
                 case Fill(slot, weight, offset):
-                    flat = self.slots.data(weight, offset).view(self.slots.dtype)
-                    self._fills.add(self._filler.start(weight, flat), slot)
+                    data, kind = self.slots.data(weight, offset), self.slots.formats[weight]
+                    if kind != PACKED:
+                        data = data.view(self.slots.dtype)
+                    self._fills.add(self._filler.start(weight, kind, data), slot)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
@@ -148,6 +154,9 @@ class Feeder:
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
             self._execute()
+        if self._filler.staging_bytes:
+            packed = [entry.packed_bytes for entry in self._store.weights]
+            self._filler.prefetch(self.scheduler.upcoming(self._filler.staging_bytes, packed))
 
     def _filled(self, slot: int) -> None:
         self._check(slot, "fill")
@@ -159,7 +168,7 @@ class Feeder:
             p.Grant(
                 weight=grant.weight, slot=grant.slot, generation=grant.generation,
                 segment=self.slots.segment_id, offset_bytes=grant.offset_bytes,
-                size_bytes=self.slots.weight_bytes(grant.weight), format="dequantized",
+                size_bytes=self.slots.weight_bytes(grant.weight), format=self.slots.formats[grant.weight],
                 standing=grant.standing, checksum=self._check(grant.slot, "grant"),
             )
         )  # fmt: skip

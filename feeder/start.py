@@ -64,8 +64,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(wakeup.close)
         filler = filler_for(host, memory, wakeup)
         feeder = Feeder(
-            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.verify
-        )
+            host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.slots,
+            arguments.verify,
+        )  # fmt: skip
         stack.callback(feeder.close)
         outlook.tell(feeder.slots, feeder.scheduler, arguments.plan, arguments.json)
         if arguments.plan:

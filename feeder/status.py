@@ -7,6 +7,7 @@ import time
 from collections import deque
 
 from common import protocol as p
+from common.formats import PACKED
 from common.slots import State
 from feeder.filler import Filler
 from feeder.scheduler import Scheduler
@@ -51,6 +52,7 @@ def status_fields(
         "dtype": str(slots.dtype).removeprefix("torch."),
         "strategy": scheduler.strategy.name,
         "cache": str(slots.cache),
+        "packed_slots": slots.formats.count(PACKED),
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,
         **{f"slots_{state.value}": count for state, count in states.items()},

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 
 from common import int4
+from common.formats import PACKED
 from common.errors import SlotCorruptError
 from common.slots import Slot
 from common.verify import poison, slot_checksum
 from feeder.host import HostStore
+from feeder.slot_memory import SlotMemory
 
 
 class Verifier:
-    """Compares slots with the reference dequantization of the host store."""
+    """Compares slots with the host store, or with its reference dequantization."""
 
-    def __init__(self, host: HostStore, dtype: torch.dtype) -> None:
-        self._host, self._dtype = host, dtype
-        self._expected: dict[int, int] = {}  # weight -> checksum
+    def __init__(self, host: HostStore, slots: SlotMemory) -> None:
+        self._host, self._slots = host, slots
+        self._expected: dict[tuple[int, str], int] = {}  # (weight, format) -> checksum
 
     def check(self, slot: Slot, data: torch.Tensor, moment: str) -> int:
         """The checksum of ``data`` (the slot's bytes, uint8).
@@ -40,13 +42,15 @@ class Verifier:
             torch.cuda.synchronize(data.device)  # the next fill runs on another stream
 
     def expected(self, weight: int) -> int:
-        """The checksum of the weight's reference dequantization; computed at the first use."""
-        if weight not in self._expected:
-            entry = self._host.store.weights[weight]
-            values = torch.empty(entry.elements, dtype=self._dtype)
-            for tile in self._host.tiles[weight]:
-                codes, scales = self._host.codes(weight, tile), self._host.scales(weight, tile)
-                part = int4.dequantize(codes, scales, (tile.elements,), self._dtype)
-                values[tile.first :][: tile.elements] = part
-            self._expected[weight] = slot_checksum(values.view(torch.uint8))
-        return self._expected[weight]
+        """The checksum of what the weight's slot must hold; computed at the first use."""
+        kind = self._slots.formats[weight]
+        if (weight, kind) not in self._expected:
+            if kind == PACKED:
+                data = self._host.packed(weight)
+            else:
+                elements = self._host.places[weight].elements
+                codes, scales = self._host.codes(weight), self._host.scales(weight)
+                values = int4.dequantize(codes, scales, (elements,), self._slots.dtype)
+                data = values.view(torch.uint8)
+            self._expected[weight, kind] = slot_checksum(data)
+        return self._expected[weight, kind]

@@ -29,6 +29,11 @@ class Strategy:
         """Bytes that ``count`` weights need under this strategy when only their number is bounded."""
         return largest_window_bytes(plan.order, sizes, count)
 
+    def slot_format(self, weight: int, usual: str) -> str:
+        """What ``weight`` is in its slot: "packed" or "dequantized". ``usual``: what --slots says. Asked
+        when the slots are laid out, before ``begin``; a weight that cannot be packed never is."""
+        return usual
+
     def begin(self, plan: Plan, sizes: Sequence[int], capacity: Capacity) -> None:
         """Called at the start, and again when the plan or the capacity changes.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import int4
-from feeder.dequantize import dequantize_into
+from common.dequantize import dequantize_into
 
 POISON = 0xFF
 

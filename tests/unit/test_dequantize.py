@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from common import int4
-from feeder.dequantize import BLOCKS_PER_PROGRAM, dequantize_into, interpreted
+from common.dequantize import BLOCKS_PER_PROGRAM, dequantize_into, interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

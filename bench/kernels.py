@@ -1,0 +1,213 @@
+"""The fused W4A16 kernels: every shape of a model, one to sixteen tokens, and what else there is.
+
+python -m bench.kernels tune [--output FILE]     the fastest cut of each product, by trying all
+python -m bench.kernels table [--output FILE]    time and share of memory bandwidth, tinygemm and cuBLAS
+
+Each product is timed inside a CUDA graph that goes through copies of the weight larger than the L2
+cache, so that weights come from memory and the host's launches do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.ceilings import device_bytes_per_s
+from bench.record import finish
+from common.blocks import code_bytes, packed_bytes, scale_count
+from engine.w4a16 import Config, Packed, Scratch, multiply, spread
+
+#: Rows of the weights that share an input, and columns: those of a 32B model, and parts of them.
+SHAPES: dict[str, tuple[list[int], int]] = {
+    "q k v": ([5120, 1024, 1024], 5120),
+    "o": ([5120], 5120),
+    "gate up": ([27648, 27648], 5120),
+    "down": ([5120], 27648),
+    "lm_head": ([152064], 5120),
+    "gate": ([27648], 5120),
+    "k": ([1024], 5120),
+}
+TOKENS = (1, 4, 8, 16)
+COLD_BYTES = 160 << 20
+
+
+def make(rows: list[int], columns: int) -> list[Packed]:
+    """Random weights in one piece of memory, as slots are."""
+    sizes = [-(-(packed_bytes(n * columns) + 512) // 512) * 512 for n in rows]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda").random_()
+    weights, at = [], 0
+    for count, size in zip(rows, sizes, strict=True):
+        elements = count * columns
+        codes = memory[at:][: code_bytes(elements)]
+        scales_at = at + -(-code_bytes(elements) // 256) * 256
+        scales = memory[scales_at:][: 2 * scale_count(elements)].view(torch.bfloat16)
+        scales.copy_(torch.rand(scales.numel(), device="cuda") * 0.01)
+        weights.append(Packed(codes, scales, (count, columns)))
+        at += size
+    return weights
+
+
+def graph_us(calls: list[Callable[[], object]], replays: int = 5) -> float:
+    """Microseconds a call: the fastest of several replays of all of them in one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
+    return min(times[1:])
+
+
+def configs(tokens: int, rows: list[int], columns: int) -> Iterable[Config]:
+    """What is tried."""
+    total = sum(rows)
+    for split in (1, 2, 4, 8, 16):
+        if tokens == 1:
+            for size, runs, warps in itertools.product((16, 32, 64), (2, 4), (2, 4)):
+                if 4 <= size * runs * 16 // (warps * 32) <= 64 and 264 <= total // size * split <= 8000:
+                    yield Config(size, runs, split, warps)
+        else:
+            for size, warps, stages in itertools.product((32, 64, 128), (2, 4), (3, 4, 6)):
+                if 264 <= total // size * split <= 8000:
+                    yield Config(size, 1, split, warps, stages)
+
+
+def tune(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fastest few of each product. Children compile first, in parallel, into Triton's cache."""
+    total = os.cpu_count() or 1
+    children = [
+        subprocess.Popen([sys.executable, "-m", "bench.kernels", "compile", f"--share={i}/{total}"])
+        for i in range(total)
+    ]
+    for child in children:
+        child.wait()
+    print("compiled", time.strftime("%X"), file=sys.stderr, flush=True)
+    found: dict[str, Any] = {}
+    for name, (rows, columns) in SHAPES.items():
+        size = sum(packed_bytes(n * columns) for n in rows)
+        copies = [make(rows, columns) for _ in range(max(2, min(40, COLD_BYTES // size)))]
+        for tokens in arguments.tokens:
+            x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
+            scratch = Scratch(x.device)
+            scratch.hold(1 << 22, 1 << 16)
+            planes = spread(x)
+            results = []
+            for config in configs(tokens, rows, columns):
+                try:
+                    calls = [
+                        lambda weights=weights, config=config: multiply(
+                            x, weights, None, scratch, config, planes
+                        )
+                        for weights in copies
+                    ]
+                    results.append((graph_us(calls), config))
+                except Exception as error:  # too much shared memory, mostly
+                    print(name, tokens, config, repr(error)[:200], file=sys.stderr)
+            results.sort(key=lambda result: result[0])
+            found[f"{name} x{tokens}"] = [
+                {"us": us, "GB/s": size / us / 1000, **asdict(config)} for us, config in results[:6]
+            ]
+            best = found[f"{name} x{tokens}"][:3]
+            print(name, tokens, [(round(b["us"], 1), round(b["GB/s"]), *list(b.values())[2:]) for b in best],
+                  file=sys.stderr, flush=True)  # fmt: skip
+    return {"device_bytes_per_s": device_bytes_per_s(), "fastest": found}
+
+
+def compile_share(arguments: argparse.Namespace) -> None:
+    """Run a share of all configurations once."""
+    index, total = map(int, arguments.share.split("/"))
+    work = []
+    seen = set()
+    for rows, columns in SHAPES.values():
+        for tokens in arguments.tokens:
+            for config in configs(tokens, rows, columns):
+                key = (tokens == 1, len(rows), config)
+                if key not in seen:
+                    seen.add(key)
+                    work.append((rows, columns, tokens, config))
+    scratch = Scratch(torch.device("cuda"))
+    scratch.hold(1 << 22, 1 << 16)
+    made: dict[tuple[int, ...], list[Packed]] = {}
+    for rows, columns, tokens, config in work[index::total]:
+        weights = made.setdefault((*rows, columns), None) or make(rows, columns)  # type: ignore[arg-type]
+        made[(*rows, columns)] = weights
+        x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
+        try:
+            multiply(x, weights, None, scratch, config)
+        except Exception:
+            pass  # said when it is timed
+
+
+def table(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ours with the configurations that are chosen, tinygemm, and cuBLAS in bf16."""
+    bandwidth = device_bytes_per_s()
+    rows_found = []
+    for name, (rows, columns) in SHAPES.items():
+        total = sum(rows)
+        size = sum(packed_bytes(n * columns) for n in rows)
+        count = max(2, min(40, COLD_BYTES // size))
+        copies = [make(rows, columns) for _ in range(count)]
+        others = [tiny(total, columns) for _ in range(count)]
+        dense = [torch.randn(total, columns, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for tokens in arguments.tokens:
+            x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
+            scratch = Scratch(x.device)
+            scratch.hold(1 << 22, 1 << 16)
+            ours = graph_us([lambda w=w: multiply(x, w, None, scratch) for w in copies])
+            tinygemm = graph_us(
+                [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w[0], 128, w[1]) for w in others]
+            )
+            cublas = graph_us([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+            row = {
+                "shape": name, "rows": rows, "columns": columns, "tokens": tokens, "us": ours,
+                "bytes_per_s": size / ours * 1e6, "share": size / ours * 1e6 / bandwidth,
+                "tinygemm_us": tinygemm, "cublas_bf16_us": cublas,
+            }  # fmt: skip
+            rows_found.append(row)
+            print(f"{name:8} x{tokens:<3} {ours:7.1f} us {100 * row['share']:5.1f} %  tinygemm {tinygemm:7.1f}"
+                  f"  cublas {cublas:7.1f}", file=sys.stderr, flush=True)  # fmt: skip
+        del copies, others, dense
+        torch.cuda.empty_cache()
+    return {"device_bytes_per_s": bandwidth, "products": rows_found}
+
+
+def tiny(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands of torch's own ``_weight_int4pack_mm``: blocks of 128, scales and zeros in bf16."""
+    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(columns // 128, rows, 2, device="cuda").to(torch.bfloat16)
+    return packed, scales
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", choices=("tune", "table", "compile"))
+    parser.add_argument("--tokens", type=lambda t: [int(n) for n in t.split(",")], default=list(TOKENS))
+    parser.add_argument("--share", default="0/1")
+    parser.add_argument("--output")
+    chosen = parser.parse_args()
+    if chosen.part == "compile":
+        compile_share(chosen)
+    else:
+        measured = tune(chosen) if chosen.part == "tune" else table(chosen)
+        print(json.dumps(finish(measured, chosen.output)))

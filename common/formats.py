@@ -1,0 +1,27 @@
+"""What may lie in a slot: the formats that feeder and engine agree on, and their sizes. No torch.
+
+``dequantized``: the weight [N, K] in the model's dtype. ``packed``: its INT4 codes and, from
+``scales_offset`` on, its bf16 scales, as docs/format.md has them.
+"""
+
+from __future__ import annotations
+
+from common.blocks import packed_span
+
+DEQUANTIZED = "dequantized"
+PACKED = "packed"
+FORMATS = (DEQUANTIZED, PACKED)
+
+#: A run of so many elements of one row shares a scale if K is a multiple of it. What multiplies with
+#: packed weights works in such runs; other weights go dequantized. All Qwen2 models have multiples.
+RUN = 64
+
+
+def packable(shape: tuple[int, int]) -> bool:
+    """Whether a weight of ``shape`` (N, K) can be multiplied with as it is packed."""
+    return shape[1] % RUN == 0
+
+
+def slot_bytes(slot_format: str, elements: int, itemsize: int) -> int:
+    """What a weight of ``elements`` values takes in a slot; ``itemsize``: of the model's dtype."""
+    return packed_span(elements) if slot_format == PACKED else elements * itemsize
