@@ -168,7 +168,7 @@ class Store:
         try:
             with self._lock:
                 if file not in self._fds:
-                    self._offsets |= read_header(self.path / file).offsets
+                    self._offsets.update(read_header(self.path / file).offsets)
                     self._fds[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
             fd, at = self._fds[file], self._offsets[name]
             while view:

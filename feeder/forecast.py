@@ -104,8 +104,8 @@ def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecas
     ttft_s = {}
     for tokens in PROMPTS:
         beside = beside_products_s(subject.config, tokens, machine)
+        simulation.idle()
         ttft_s[tokens] = simulation.run(1, tokens) + beside
-        simulation.run(1)
     return Forecast(steady, ttft_s, machine.engine_s)
 
 

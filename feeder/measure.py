@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from common.blocks import code_bytes, packed_bytes, scale_count
+from common.dequantize import dequantize_into
 from common.errors import MemoryShortageError
 from common.log import log
 from common.memory import PIN_CHUNK_BYTES, CudaMemory, Memory
-from feeder.dequantize import dequantize_into
-from feeder.host import HostStore, Tile
+from feeder.host import HostStore
 
 PIECE_BYTES = 64 << 20  # such pieces move at the link's full speed
 ROUND_PIECES = 8
@@ -197,13 +197,15 @@ def _one_thread() -> Iterator[None]:
 
 def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
     """The link of the CPU is the thread that dequantizes: nothing else is between store and slot."""
-    every = [tile for tiles in host.tiles for tile in tiles]
-    tiles = every[:: max(1, len(every) // 16)]  # small ones take longer for a byte: of all kinds
-    sizes = [min(tile.elements, 1 << 19) for tile in tiles]
+    total = len(host.places)
+    weights = range(
+        0, total, max(1, total // 16)
+    )  # small ones take longer for a byte: of all kinds
+    sizes = [min(host.places[weight].elements, 1 << 19) for weight in weights]
     out = torch.empty(max(sizes), dtype=dtype)
 
     def fill() -> float:
-        return _seconds(lambda: _dequantize(host, zip(tiles, sizes, strict=True), out))
+        return _seconds(lambda: _dequantize(host, zip(weights, sizes, strict=True), out))
 
     def copy() -> float:
         return _seconds(out.clone)
@@ -224,12 +226,12 @@ def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
     )
 
 
-def _dequantize(host: HostStore, some: Iterable[tuple[Tile, int]], out: torch.Tensor) -> None:
-    """The first so many elements of each tile, one after the other into the same place."""
-    for tile, elements in some:
-        codes = host.tensor[tile.offset_bytes :][: code_bytes(elements)]
-        scales = host.tensor[tile.offset_bytes + tile.scales_at :][: 2 * scale_count(elements)]
-        dequantize_into(codes, scales.view(torch.bfloat16), out[:elements])
+def _dequantize(host: HostStore, some: Iterable[tuple[int, int]], out: torch.Tensor) -> None:
+    """The first so many elements of each weight, one after the other into the same place."""
+    for weight, elements in some:
+        codes = host.codes(weight)[: code_bytes(elements)]
+        scales = host.scales(weight)[: scale_count(elements)]
+        dequantize_into(codes, scales, out[:elements])
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ import json
 import torch
 
 from common.config import Cache
+from common.formats import PACKED
 from common.log import log
 from common.memory import CudaMemory, Memory
 from feeder import forecast as f
@@ -15,7 +16,7 @@ from feeder.host import HostStore
 from feeder.measure import measure
 from feeder.mps import mps_running
 from feeder.scheduler import Scheduler
-from feeder.simulation import STAGING_BYTES, Traffic
+from feeder.simulation import Traffic
 from feeder.slot_memory import SlotMemory
 from feeder.strategies.registry import make_strategy
 
@@ -24,7 +25,6 @@ class Outlook:
     """Made before the slots are allocated, since it measures with memory that they will take."""
 
     def __init__(self, host: HostStore, memory: Memory, dtype: torch.dtype) -> None:
-        self._device = memory.device.type
         measured = measure(host, memory, dtype)
         if isinstance(memory, CudaMemory):
             address = pci_address(memory)
@@ -35,14 +35,20 @@ class Outlook:
         else:
             self._around = f.Surroundings("cpu", measured)
 
-    def tell(self, slots: SlotMemory, scheduler: Scheduler, plan_only: bool, as_json: bool) -> None:
-        """The plan, to the log, or, if it is all that was asked for, to stdout."""
+    def tell(
+        self,
+        slots: SlotMemory,
+        scheduler: Scheduler,
+        staging_bytes: int,
+        plan_only: bool,
+        as_json: bool,
+    ) -> None:
+        """The plan, to the log, or, if it is all that was asked for, to stdout. ``staging_bytes``: what
+        the filler copies ahead of the slots."""
         strategy = scheduler.strategy
         subject = subject_of(slots)
         found = None
         if self._around.measured is not None:
-            # The CPU's filler has no staging: it dequantizes from the host store itself.
-            staging_bytes = STAGING_BYTES if self._device == "cuda" else 0
             machine = f.hardware(self._around, staging_bytes)
             found = f.forecast(subject, make_strategy(strategy.spec or strategy.name), machine)
         of = (subject, strategy.name, self._around, found)
@@ -60,12 +66,13 @@ class Outlook:
 def subject_of(slots: SlotMemory) -> f.Subject:
     """What these slots are to serve."""
     store = slots.store
-    everything = slots.fitting(make_strategy("resident"), Cache(), instead=True)
+    packed = [weight for weight, kind in enumerate(slots.formats) if kind == PACKED]
+    everything = slots.fitting(make_strategy("resident"), Cache(), slots.slots, instead=True)
     return f.Subject(
         store=store.path.name,
         plan=slots.plan,
         sizes=slots.sizes,
-        traffic=Traffic.of([entry.elements for entry in store.weights], slots.sizes),
+        traffic=Traffic.of([entry.elements for entry in store.weights], slots.sizes, packed),
         config=store.config,
         capacity=slots.capacity,
         all_fit=everything.size_bytes >= sum(slots.sizes),

@@ -6,7 +6,7 @@ The command line of feeder/simulation.py: shapes, tables and a plot.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from common.blocks import packed_bytes
 from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
+from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
 from common.plan import Plan
 from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
@@ -54,13 +55,18 @@ class Prediction:
 
 
 def predict(
-    request: Request, elements: Sequence[int], strategy: str, hardware: Hardware
+    request: Request,
+    elements: Sequence[int],
+    strategy: str,
+    hardware: Hardware,
+    packed_slots: Collection[int] = (),
 ) -> Prediction:
-    """What ``strategy`` comes to in the steady state. ``elements``: of each weight."""
+    """What ``strategy`` comes to in the steady state. ``elements``: of each weight; ``packed_slots``:
+    those that are not dequantized in their slots."""
     chosen = make_strategy(strategy)
     capacity, _ = request.capacity(chosen, 1 << 62)
     scheduler = Scheduler(request.plan, request.sizes, capacity, chosen)
-    simulation = Simulation(scheduler, Traffic.of(elements, request.sizes), hardware)
+    simulation = Simulation(scheduler, Traffic.of(elements, request.sizes, packed_slots), hardware)
     simulation.attach()
     found = simulation.steady()
     return Prediction(1000 * found.seconds, found.hits, found.streamed_bytes, capacity.size_bytes)
@@ -80,7 +86,9 @@ def load_shape(text: str) -> tuple[list[str], list[int]]:
 def simulate(arguments: argparse.Namespace) -> None:
     """Print what was asked for on stdout."""
     names, elements = load_shape(arguments.shape)
-    sizes = [aligned(count * SLOT_BYTES) for count in elements]
+    slots = PACKED if arguments.slots == PACKED else DEQUANTIZED
+    sizes = [aligned(slot_bytes(slots, count, SLOT_BYTES)) for count in elements]
+    packed_slots = range(len(names)) if slots == PACKED else ()
     packed = sum(packed_bytes(count) for count in elements)
     plan = Plan(tuple(range(len(names))))
     for flag in ("link", "device_bandwidth"):
@@ -105,7 +113,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     rows = []
     for cache in caches:
         request = Request(plan, sizes, names, Cache.parse(cache))
-        found = predict(request, elements, arguments.strategy, hardware)
+        found = predict(request, elements, arguments.strategy, hardware, packed_slots)
         rows.append((cache, found))
         print(
             f"{cache:>8} {format_bytes(found.arena_bytes):>8} {100 * found.hits:7.1f} %"
@@ -149,6 +157,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shape", required=True, metavar="NAME|STORE", help="such as qwen2.5-32b")
     parser.add_argument("--strategy", default="resident", metavar="NAME|FILE:CLASS")
     parser.add_argument("--cache", default="128", metavar="N|SIZE")
+    parser.add_argument("--slots", default=DEQUANTIZED, choices=FORMATS, help="what slots hold")
     parser.add_argument("--link", type=float, required=True, metavar="GB/S")
     parser.add_argument("--device-bandwidth", type=float, required=True, metavar="GB/S")
     parser.add_argument("--engine-us", type=float, default=ENGINE_US, help="host time a weight")

@@ -15,7 +15,8 @@ from common.blocks import packed_bytes
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 from feeder.strategies.on_demand import OnDemand
 
-TILE_BYTES = 33 << 20
+#: What the filler copies at once, and dequantizes when it has arrived; larger weights go in pieces.
+PIECE_BYTES = packed_bytes(144 << 20)
 #: Host time of the engine for each weight: what transformers and acquire/release take to launch it.
 #: Measured on an H100 machine: 142 ms of a token of the 32B shape that were not spent waiting.
 ENGINE_US = 320.0
@@ -26,7 +27,10 @@ STAGING_BYTES = 256 << 20
 #: Of the bandwidth of a plain copy, what kernels reach. Measured on an H100, 27648 x 5120: the
 #: dequantizer 2.80 and cuBLAS' product with one vector 2.38 of 3.03 TB/s.
 DEQUANTIZE_SHARE, PRODUCT_SHARE = 0.92, 0.79
-WARM_PASSES, COUNTED_PASSES = 2, 3
+#: Up to so many tokens a product reads a packed weight as it is.
+FUSED_TOKENS = 16
+#: The steady state is there when a pass takes as long as the one before, to this share.
+STEADY_SHARE, MOST_PASSES = 0.002, 8
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,28 @@ class Hardware:
 @dataclass(frozen=True)
 class Traffic:
     """Bytes by weight: ``packed`` cross the link, ``moved`` are read and written on the device to
-    bring it into its slot, ``read`` is what one use reads there. ``flops``: of a use by one token."""
+    bring it into its slot. One use moves ``used`` there, one by more than FUSED_TOKENS tokens
+    ``used_by_many``. ``flops``: of a use by one token."""
 
     packed: Sequence[int]
     moved: Sequence[int]
-    read: Sequence[int]
+    used: Sequence[int]
+    used_by_many: Sequence[int]
     flops: Sequence[int]
 
     @classmethod
     def of(
         cls, elements: Sequence[int], slots: Sequence[int], packed_slots: Collection[int] = ()
     ) -> Traffic:
-        """``slots``: bytes of each weight in its slot; ``packed_slots``: weights that are not
-        dequantized there."""
+        """``slots``: bytes of each weight in its slot; ``packed_slots``: weights that are packed
+        there, and are dequantized for one use if many tokens share it."""
         packed = [packed_bytes(count) for count in elements]
-        weights = range(len(packed))
+        weights, aside = range(len(packed)), frozenset(packed_slots)
         return cls(
             packed=packed,
-            moved=[0 if w in packed_slots else packed[w] + slots[w] for w in weights],
-            read=[packed[w] if w in packed_slots else slots[w] for w in weights],
+            moved=[0 if w in aside else packed[w] + slots[w] for w in weights],
+            used=[packed[w] if w in aside else slots[w] for w in weights],
+            used_by_many=[packed[w] + 4 * elements[w] if w in aside else slots[w] for w in weights],
             flops=[2 * count for count in elements],
         )
 
@@ -97,7 +104,9 @@ class Simulation:
         self._coming: dict[int, Grant] = {}
         self._running: list[tuple[float, int, int]] = []  # kernel's end, slot, generation
         self._staged: dict[int, float] = {}  # copied ahead of its slot: when that is complete
-        self._used = -1  # the weight that the engine is at
+        self._recalled: set[int] = set()  # slots to be given back when their weight has been used
+        self._used = -1  # the weight that the engine is at, or was at last
+        self._waiting = -1  # the weight that it cannot go on without
         self.copied: list[int] = []  # weights that have crossed the link
         self.device_s = 0.0
 
@@ -114,29 +123,40 @@ class Simulation:
             self._advance(max(self._now, self._device_free))  # the next needs this one's token
         return self._now - start
 
+    def idle(self) -> None:
+        """The engine waits for a prompt; what is under way arrives."""
+        while self._events:
+            self._advance(self._events[0][0])
+
     def steady(self) -> Steady:
-        """Warm up, then count."""
-        scheduler, traffic, weights = self._scheduler, self._traffic, self._scheduler.plan.order
-        self.run(WARM_PASSES)
-        before, device_s = len(self.copied), self.device_s
-        seconds = self.run(COUNTED_PASSES) / COUNTED_PASSES
-        copied = self.copied[before:]
-        streamed_bytes = sum(traffic.packed[weight] for weight in copied) / COUNTED_PASSES
+        """Run until one pass is as the other; that pass."""
+        passes = 0
+        seconds, copied = 0.0, -1
+        while True:
+            before, device_s, last = len(self.copied), self.device_s, (seconds, copied)
+            seconds = self.run(1)
+            copied = len(self.copied) - before
+            passes += 1
+            same = copied == last[1] and abs(seconds - last[0]) <= STEADY_SHARE * seconds
+            if passes == MOST_PASSES or (passes > 2 and same):
+                break
+        weights = self.copied[before:]
+        streamed_bytes = sum(self._traffic.packed[weight] for weight in weights)
         return Steady(
             seconds=seconds,
-            hits=scheduler.hit_rate,
+            hits=self._scheduler.hit_rate,
             streamed_bytes=streamed_bytes,
-            streamed=frozenset(copied),
+            streamed=frozenset(weights),
             link_s=streamed_bytes / self._hardware.link,
-            device_s=(self.device_s - device_s) / COUNTED_PASSES,
-            host_s=self._hardware.engine_s * len(weights),
+            device_s=self.device_s - device_s,
+            host_s=self._hardware.engine_s * len(self._scheduler.plan),
         )
 
     # The engine --------------------------------------------------------------------------------
 
     def _use(self, weight: int, tokens: int) -> None:
         hardware, scheduler = self._hardware, self._scheduler
-        self._used = weight
+        self._used = self._waiting = weight
         self._advance(self._now + hardware.engine_s)
         self._return([p for p in self._running if p[0] <= self._now])
         if weight not in self._granted:
@@ -145,13 +165,19 @@ class Simulation:
             self._step()
         while weight not in self._granted:
             self._advance(self._events[0][0])
-        grant = self._granted[weight]
-        read_s = self._traffic.read[weight] / (hardware.device * PRODUCT_SHARE)
+        grant, self._waiting = self._granted[weight], -1
         self._device_free = max(self._now, self._device_free)
-        self._compute(max(read_s, tokens * self._traffic.flops[weight] / hardware.matmul))
-        if not grant.standing:
+        self._compute(self._use_s(weight, tokens))
+        if not grant.standing or grant.slot in self._recalled:
+            self._recalled.discard(grant.slot)
             del self._granted[weight]
             self._running.append((self._device_free, grant.slot, grant.generation))
+
+    def _use_s(self, weight: int, tokens: int) -> float:
+        traffic, hardware = self._traffic, self._hardware
+        moved = traffic.used if tokens <= FUSED_TOKENS else traffic.used_by_many
+        memory_s = moved[weight] / (hardware.device * PRODUCT_SHARE)
+        return max(memory_s, tokens * traffic.flops[weight] / hardware.matmul)
 
     def _return(self, complete: list[tuple[float, int, int]]) -> None:
         """The engine sees, when it next looks, that these kernels are complete."""
@@ -176,14 +202,14 @@ class Simulation:
 
     def _fill(self, slot: int, weight: int) -> None:
         """Dequantized once both the copy and the slot are there; of a copy that is still under way
-        all tiles but the last are dequantized behind it."""
+        all pieces but the last are dequantized behind it."""
         hardware, size = self._hardware, self._traffic.packed[weight]
         copied = self._staged.pop(weight, None)
         if copied is None:
             copied = self._copy(weight)
         moving_s = self._traffic.moved[weight] / (hardware.device * DEQUANTIZE_SHARE)
         if copied > self._now:
-            last_s = min(1.0, TILE_BYTES / size) * moving_s
+            last_s = min(1.0, PIECE_BYTES / size) * moving_s
             self._compute(moving_s - last_s)
             ready = max(copied, self._device_free) + last_s
             self.device_s += last_s
@@ -207,13 +233,17 @@ class Simulation:
             return
         room = limit_bytes - sum(packed[weight] for weight in self._staged)
         for weight in _upcoming(self._scheduler, limit_bytes, packed, self._used):
+            if not self._traffic.moved[weight]:
+                continue  # copied straight into its slot
             if weight not in self._staged and packed[weight] <= room:
                 room -= packed[weight]
                 self._staged[weight] = self._copy(weight)
 
     def _revoke(self, slot: int, generation: int) -> None:
         weight = self._scheduler.slots.by_id(slot).weight
-        if self._granted.pop(weight, None) or self._coming.pop(weight, None):
+        if weight == self._waiting:  # the engine will not do without it: given back after its use
+            self._recalled.add(slot)
+        elif self._granted.pop(weight, None) or self._coming.pop(weight, None):
             self._at(self._now + self._hardware.handover_s, "released", slot, generation)
 
     # The clock ---------------------------------------------------------------------------------

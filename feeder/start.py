@@ -68,7 +68,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             arguments.verify,
         )  # fmt: skip
         stack.callback(feeder.close)
-        outlook.tell(feeder.slots, feeder.scheduler, arguments.plan, arguments.json)
+        outlook.tell(
+            feeder.slots, feeder.scheduler, filler.staging_bytes, arguments.plan, arguments.json
+        )
         if arguments.plan:
             return
         capacity = feeder.scheduler.capacity

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from common import int4
-from common.formats import PACKED
 from common.errors import SlotCorruptError
+from common.formats import PACKED
 from common.slots import Slot
 from common.verify import poison, slot_checksum
 from feeder.host import HostStore
