@@ -84,7 +84,10 @@ def configs(tokens: int, rows: list[int], columns: int) -> Iterable[Config]:
     for split in (1, 2, 4, 8, 16):
         if tokens == 1:
             for size, runs, warps in itertools.product((16, 32, 64), (2, 4), (2, 4)):
-                if 4 <= size * runs * 16 // (warps * 32) <= 64 and 264 <= total // size * split <= 8000:
+                if (
+                    4 <= size * runs * 16 // (warps * 32) <= 64
+                    and 264 <= total // size * split <= 8000
+                ):
                     yield Config(size, runs, split, warps)
         else:
             for size, warps, stages in itertools.product((32, 64, 128), (2, 4), (3, 4, 6)):
@@ -200,9 +203,13 @@ def tiny(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("part", choices=("tune", "table", "compile"))
-    parser.add_argument("--tokens", type=lambda t: [int(n) for n in t.split(",")], default=list(TOKENS))
+    parser.add_argument(
+        "--tokens", type=lambda t: [int(n) for n in t.split(",")], default=list(TOKENS)
+    )
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--output")
     chosen = parser.parse_args()

@@ -6,7 +6,9 @@ nothing, so that a process without torch can reckon sizes; `common.int4` does th
 
 BLOCK = 128  # elements that share one scale
 MIN_CODE, MAX_CODE = -8, 7  # a nibble in two's complement
-PACKED_ALIGNMENT = 256  # where the scales begin behind the codes, in host memory and in packed slots
+PACKED_ALIGNMENT = (
+    256  # where the scales begin behind the codes, in host memory and in packed slots
+)
 
 
 def code_bytes(elements: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,25 @@ class WeightClient:
             if len(self._pending) or self._idle:
                 self._return_complete()
             lease = self._ledger.take(weight) or self._wait_for(weight)
-            self.stats.uses += 1
-            if self._order is not None:
-                self._learn(weight)
-            if self._verify:
-                self._check(lease, "grant")
+            self._taken(lease)
             return lease
+
+    def try_acquire(self, weights: Sequence[int]) -> list[Lease] | None:
+        """The leases of all ``weights`` if all are granted by now; else None, and none is taken.
+
+        For a kernel that reads several weights. Nobody may hold a lease and block for another: with
+        a cache of one weight neither would ever come. None means: acquire them one after the other.
+        """
+        with self._lock:
+            if len(self._pending) or self._idle:
+                self._return_complete()
+            leases = self._ledger.take_all(weights)
+            if leases is None:
+                self._turn()  # they may have been granted long ago, and only be unread
+                leases = self._ledger.take_all(weights)
+            for lease in leases or ():
+                self._taken(lease)
+            return leases
 
     def release(self, lease: Lease) -> None:
         """The work queued so far is the last that reads the lease."""
@@ -129,6 +142,13 @@ class WeightClient:
             self._return_complete()
             self._connection.close(reason)
             self._ledger.close()
+
+    def _taken(self, lease: Lease) -> None:
+        self.stats.uses += 1
+        if self._order is not None and lease.readers == 1:  # again at a breakpoint is not in order
+            self._learn(lease.grant.weight)
+        if self._verify:
+            self._check(lease, "grant")
 
     def _wait_for(self, weight: int) -> Lease:
         start = time.perf_counter()

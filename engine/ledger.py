@@ -7,7 +7,7 @@ readable under a living mapping.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +63,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._offered: dict[int, Lease] = {}  # by weight: granted and not taken, or standing
+        self._held: dict[int, Lease] = {}  # by weight: being read
         self._by_slot: dict[int, Lease] = {}
         self._mappings: dict[int, Mapping] = {}
         self._going: list[Mapping] = []
@@ -96,18 +97,33 @@ class Ledger:
         return True
 
     def take(self, weight: int) -> Lease | None:
-        """The lease of ``weight`` for one more reader, if it is granted."""
+        """The lease of ``weight`` for one more reader, if it is granted, or being read: who holds a
+        weight and asks for it again (in a debugger, say) would else wait for himself."""
         lease = self._offered.get(weight)
-        if lease is not None:
-            lease.readers += 1
-            if lease.recalled or not lease.grant.standing:
-                del self._offered[weight]
+        if lease is None:
+            lease = self._held.get(weight)
+            if lease is None:
+                return None
+        elif lease.recalled or not lease.grant.standing:
+            del self._offered[weight]
+        lease.readers += 1
+        self._held[weight] = lease
         return lease
+
+    def take_all(self, weights: Sequence[int]) -> list[Lease] | None:
+        """The leases of all of them, or None and nothing is taken."""
+        if not all(weight in self._offered or weight in self._held for weight in weights):
+            return None
+        return [lease for weight in weights if (lease := self.take(weight)) is not None]
 
     def put(self, lease: Lease) -> bool:
         """A reader is done; whether the lease is to be returned when its kernels are complete."""
         lease.readers -= 1
-        if lease.readers or (lease.grant.standing and not lease.recalled):
+        if lease.readers:
+            return False
+        if self._held.get(lease.grant.weight) is lease:
+            del self._held[lease.grant.weight]
+        if lease.grant.standing and not lease.recalled:
             return False
         lease.returning = True
         return True
@@ -142,6 +158,7 @@ class Ledger:
         """The feeder is gone: the leases to be returned now, to nobody, so that mappings can go."""
         leases = [lease for lease in self._by_slot.values() if not lease.returning]
         self._by_slot.clear()
+        self._held.clear()  # they are read to their end; for another reader, the next feeder is asked
         idle = [lease for lease in map(self._recall, leases) if lease is not None]
         self._going.extend(self._mappings.values())
         for mapping in self._going:  # those that it retired before, too: the next one knows nothing

@@ -79,7 +79,9 @@ def _finish(  # type: ignore[no-untyped-def]
         if arrived == SPLIT - 1:
             acc = tl.zeros_like(acc)
             for other in range(SPLIT):
-                acc += tl.load(parts + other * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+                acc += tl.load(
+                    parts + other * size + at, mask=mask, other=0.0, cache_modifier=".cg"
+                )
             tl.store(counters + pid, 0)
             if BIAS:
                 acc += tl.load(bias + rows).to(tl.float32)[:, None]
@@ -107,14 +109,26 @@ def _spread_one_kernel(x, planes, words, SIZE: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _two(word, planes, SHIFT: tl.constexpr, stride, mask, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two codes of each word, 128 + 8 too large, times their elements of x."""
+def _pair(word, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two codes of each word as floats, 128 + 8 too large: each nibble is put into the mantissa of 128."""
     pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308  # two bf16: 128 + (code + 8)
     low = (pair << 16).to(tl.float32, bitcast=True)
     high = (pair & -65536).to(tl.float32, bitcast=True)
-    x_low = tl.load(planes + LOW * stride, mask=mask, other=0.0)[None, :, :]
-    x_high = tl.load(planes + HIGH * stride, mask=mask, other=0.0)[None, :, :]
-    return low * x_low + high * x_high
+    return low, high
+
+
+@triton.jit
+def _eight(word, x0, x1, x2, x3, x4, x5, x6, x7, x8):  # type: ignore[no-untyped-def]
+    """The eight codes of each word times their elements of x. A word's bytes come lowest first, in each
+    the odd element low: nibble j is element j ^ 1, and nibbles j and j + 4 are taken together."""
+    low, high = _pair(word, 0)
+    product = tl.fma(high, x5, tl.fma(low, x1, -x8))
+    low, high = _pair(word, 4)
+    product = tl.fma(high, x4, tl.fma(low, x0, product))
+    low, high = _pair(word, 8)
+    product = tl.fma(high, x7, tl.fma(low, x3, product))
+    low, high = _pair(word, 12)
+    return tl.fma(high, x6, tl.fma(low, x2, product))
 
 
 @triton.jit
@@ -124,7 +138,8 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """One program multiplies ROWS rows with its part of K, RUNS runs of RUN (64 or 128) at a time.
+    """One program multiplies ROWS rows with its part of K, RUNS runs of RUN (64 or 128) at a time, in
+    two tiles, so that x is loaded half as often.
 
     operand   shape            dtype        layout
     planes    [9, K / 8]       fp32         as _spread_one_kernel makes them
@@ -137,43 +152,65 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
     counters  [total / ROWS]   int32        zeros, and left as zeros
     """
     WORDS: tl.constexpr = RUN // 8
+    TILE: tl.constexpr = ROWS // 2
     pid, part = tl.program_id(0), tl.program_id(1)
     row, local, code, scale = _place(
         pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS
     )
     runs = K // RUN
-    stride = K // 8
+    stride = tl.multiple_of(K // 8, 8)  # words of a row
     per_part = tl.cdiv(tl.cdiv(runs, RUNS), SPLIT) * RUNS
-    rows = tl.arange(0, ROWS)
-    word = tl.arange(0, WORDS)
-    acc = tl.zeros((ROWS, RUNS, WORDS), tl.float32)
-    row_words = (code + (local + rows) * stride)[:, None, None]
-    first_run = (local + rows) * runs
-    for start in range(part * per_part, min((part + 1) * per_part, runs), RUNS):
-        run = start + tl.arange(0, RUNS)
-        there = run < runs
-        column = run[:, None] * WORDS + word[None, :]
-        data = tl.load(
-            words + row_words + column[None, :, :], mask=there[None, :, None], other=0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        block = ((first_run[:, None] + run[None, :]) * RUN) // 128
-        factor = tl.load(scales + scale + block, mask=there[None, :], other=0.0).to(tl.float32)
-        at, mask = planes + column, there[:, None] & (word >= 0)[None, :]
-        # A word's bytes come lowest first, in each the odd element low: nibble j of a word is
-        # element j ^ 1, and nibbles j and j + 4 are taken together.
-        product = _two(data, at, 0, stride, mask, 1, 5)
-        product += _two(data, at, 4, stride, mask, 0, 4)
-        product += _two(data, at, 8, stride, mask, 3, 7)
-        product += _two(data, at, 12, stride, mask, 2, 6)
-        product -= tl.load(at + 8 * stride, mask=mask, other=0.0)[None, :, :]
-        acc += product * factor[:, :, None]
-    result = tl.sum(tl.sum(acc, 2), 1)[:, None]
+    rows, word = tl.arange(0, TILE), tl.arange(0, WORDS)
+    words_a = words + code + (local + rows)[:, None, None] * stride
+    words_b = words_a + TILE * stride
+    # The scales are loaded in the layout of the products: fewer elements than threads, so for free.
+    scales_a = scales + scale
+    first_a = ((local + rows) * runs)[:, None]
+    first_b = first_a + TILE * runs
+    acc_a = tl.zeros((TILE, RUNS, WORDS), tl.float32)
+    acc_b = tl.zeros((TILE, RUNS, WORDS), tl.float32)
+    first, last = part * per_part, min((part + 1) * per_part, runs)
+    run = first + tl.arange(0, RUNS)
+    column = run[:, None] * WORDS + word[None, :]
+    there = (column < stride)[None, :, :]
+    a = tl.load(words_a + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
+    b = tl.load(words_b + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
+    for _ in range(first, last, RUNS):
+        ahead = column + RUNS * WORDS  # the next codes are on their way while these are multiplied
+        there = (ahead < stride)[None, :, :]
+        next_a = tl.load(
+            words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
+        )
+        next_b = tl.load(
+            words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
+        )
+        exists = (run < runs)[None, :]
+        block_a, block_b = (
+            ((first_a + run[None, :]) * RUN) // 128,
+            ((first_b + run[None, :]) * RUN) // 128,
+        )
+        factor_a = tl.load(scales_a + block_a, mask=exists, other=0.0).to(tl.float32)
+        factor_b = tl.load(scales_a + block_b, mask=exists, other=0.0).to(tl.float32)
+        at, mask = planes + column, column < stride
+        x0 = tl.load(at, mask=mask, other=0.0)[None, :, :]
+        x1 = tl.load(at + stride, mask=mask, other=0.0)[None, :, :]
+        x2 = tl.load(at + 2 * stride, mask=mask, other=0.0)[None, :, :]
+        x3 = tl.load(at + 3 * stride, mask=mask, other=0.0)[None, :, :]
+        x4 = tl.load(at + 4 * stride, mask=mask, other=0.0)[None, :, :]
+        x5 = tl.load(at + 5 * stride, mask=mask, other=0.0)[None, :, :]
+        x6 = tl.load(at + 6 * stride, mask=mask, other=0.0)[None, :, :]
+        x7 = tl.load(at + 7 * stride, mask=mask, other=0.0)[None, :, :]
+        x8 = tl.load(at + 8 * stride, mask=mask, other=0.0)[None, :, :]
+        acc_a = tl.fma(_eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_a[:, :, None], acc_a)
+        acc_b = tl.fma(_eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_b[:, :, None], acc_b)
+        a, b, column, run = next_a, next_b, ahead, run + RUNS
     columns = tl.zeros((1,), tl.int32)
     mask1 = tl.full((ROWS, 1), True, tl.int1)
+    both = tl.join(tl.sum(tl.sum(acc_a, 2), 1), tl.sum(tl.sum(acc_b, 2), 1))
+    result = tl.reshape(tl.trans(both), (ROWS,))[:, None]
     _finish(
-        result, columns, row + rows, mask1, bias, y, parts, counters, pid, part, total, total,
-        SPLIT, BIAS, 1,
+        result, columns, row + tl.arange(0, ROWS), mask1, bias, y, parts, counters, pid, part, total,
+        total, SPLIT, BIAS, 1,
     )  # fmt: skip
 
 
@@ -367,11 +404,11 @@ def choose(tokens: int, rows: list[int], columns: int, device: torch.device) -> 
     return Config(rows=size, runs=4, split=1, warps=4, stages=4)
 
 
-def _check(
-    x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None
-) -> tuple[int, int]:
+def _check(x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None) -> tuple[int, int]:
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or not x.is_contiguous():
-        raise ValueError(f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}")
+        raise ValueError(
+            f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}"
+        )
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}: expected bfloat16 or float16")
     if not 1 <= len(weights) <= MAX_WEIGHTS:
@@ -379,7 +416,12 @@ def _check(
     tokens, columns = x.shape
     for weight in weights:
         elements = weight.shape[0] * weight.shape[1]
-        found = (weight.codes.dtype, weight.codes.numel(), weight.scales.dtype, weight.scales.numel())
+        found = (
+            weight.codes.dtype,
+            weight.codes.numel(),
+            weight.scales.dtype,
+            weight.scales.numel(),
+        )
         expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
         if found != expected or weight.shape[1] != columns or columns % RUN:
             raise ValueError(

@@ -87,7 +87,9 @@ def slot_formats(store: Store, slots: str, strategy: Strategy) -> list[str]:
         try:
             chosen = strategy.slot_format(weight, usual)
         except Exception as error:
-            raise StrategyError(f"{strategy.name}: slot_format raises {error!r}: mend it") from error
+            raise StrategyError(
+                f"{strategy.name}: slot_format raises {error!r}: mend it"
+            ) from error
         if chosen not in FORMATS:
             raise StrategyError(
                 f"{strategy.name}: slot_format gives {chosen!r}, expected {' or '.join(FORMATS)}"

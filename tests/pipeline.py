@@ -49,17 +49,24 @@ class Mapped:
 
 
 class Engine:
-    """What engine/client.py does, one small piece at a time."""
+    """What engine/client.py does, one small piece at a time.
 
-    def __init__(self, order: Iterator[int], random: Random, asynchronous: bool) -> None:
+    ``hold``: how many leases it may have at once. It takes several only together and when all are
+    granted, so it never blocks while it holds one.
+    """
+
+    def __init__(
+        self, order: Iterator[int], random: Random, asynchronous: bool, hold: int = 1
+    ) -> None:
         self.ledger = Ledger()
         self.inbox: deque[Any] = deque()  # from the feeder
         self.outbox: deque[Any] = deque()  # to the feeder
         self.kernels: deque[Lease] = deque()  # queued; all but the last may run for a while yet
-        self.reading: Lease | None = None
+        self.reading: list[Lease] = []
         self.needed: int | None = None
-        self.next: int | None = None
-        self.uses = self.waits = 0
+        self.uses = self.waits = self.together = 0
+        self._next: deque[int] = deque()
+        self._hold = hold
         self._order, self._random, self._asynchronous = order, random, asynchronous
 
     # The main thread ---------------------------------------------------------------------------
@@ -70,29 +77,39 @@ class Engine:
 
     def go(self) -> None:
         """Acquire the next weight, or queue the kernel that reads the acquired one and release it."""
-        if self.reading is not None:
-            lease, self.reading = self.reading, None
+        if self.reading:
+            self._random.shuffle(self.reading)
+            lease = self.reading.pop()
             self._read(lease)
             if self.ledger.put(lease):
                 self._give_back(lease)
             return
-        if self.next is None:
-            self.next = next(self._order)
+        wanted = 1 if self._hold == 1 else self._random.randint(1, self._hold)
+        while len(self._next) < wanted:
+            self._next.append(next(self._order))
         for _ in range(self._random.randint(0, len(self.inbox))):  # what has come, it looks at
             self._obey(self.inbox.popleft())
-        if not self._take(self.next) and not self.ledger.returning(self.next):
-            self.needed = self.next
+        if (wanted > 1 and self._take(wanted)) or self._take(1):
+            return
+        weight = self._next[0]
+        if not self.ledger.returning(weight):
+            self.needed = weight
             self.waits += 1
-            self.outbox.append(p.Need(self.next))
+            self.outbox.append(p.Need(weight))
 
-    def _take(self, weight: int) -> bool:
-        lease = self.ledger.take(weight)
-        if lease is None:
+    def _take(self, count: int) -> bool:
+        """The next ``count`` weights together, if all are there."""
+        weights = [self._next[i] for i in range(count)]
+        leases = self.ledger.take_all(weights)
+        if leases is None:
             return False
-        assert lease.grant.weight == weight
-        self._read(lease)
-        self.reading, self.needed, self.next = lease, None, None
-        self.uses += 1
+        assert [lease.grant.weight for lease in leases] == weights
+        for lease in leases:
+            self._read(lease)
+            self._next.popleft()
+        self.reading, self.needed = leases, None
+        self.uses += count
+        self.together += count > 1
         return True
 
     # The socket and the GPU --------------------------------------------------------------------
@@ -102,7 +119,7 @@ class Engine:
         for _ in range(self._random.randint(1, len(self.inbox))):
             self._obey(self.inbox.popleft())
         if self.needed is not None:
-            self._take(self.needed)
+            self._take(1)
 
     def complete(self) -> None:
         """The oldest kernels are complete: their slots go back."""
@@ -160,8 +177,9 @@ class Pipeline:
         seed: int = 0,
         asynchronous: bool = True,
         first_generation: int = 0,
+        hold: int = 1,
     ) -> None:
-        self.random = Random(seed)
+        self.random, self._hold = Random(seed), hold
         self.sizes = list(sizes)
         self.fallbacks: list[str] = []
         self.scheduler = Scheduler(
@@ -193,7 +211,7 @@ class Pipeline:
     def attach(self, order: Iterator[int]) -> Engine:
         """A new engine, which uses the weights in ``order``, says hello."""
         assert self.engine is None
-        self.engine = engine = Engine(order, self.random, self._asynchronous)
+        self.engine = engine = Engine(order, self.random, self._asynchronous, self._hold)
         self.dead = False
         if self._resize is None:
             self._export()

@@ -6,10 +6,10 @@ For a cyclic order no policy hits more than (N - k)/M, with k of the N slots lef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from common.plan import Capacity, Plan, largest_window_bytes
-from feeder.strategies.base import Strategy
+from feeder.strategies.cyclic import Cyclic
 
 STREAM_SLOTS = 4  # one read, one granted, two on the link: enough to keep the link busy
 
@@ -29,7 +29,7 @@ def spread(candidates: Sequence[int], count: int) -> frozenset[int]:
     )
 
 
-class Resident(Strategy):
+class Resident(Cyclic):
     """Keeps an evenly spread set, so that the link is busy through the whole pass."""
 
     name = "resident"
@@ -45,23 +45,6 @@ class Resident(Strategy):
         if _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
             keep = _keep_by_bytes(plan, sizes, capacity)
         self.keep = keep
-        self._stream_count = capacity.count - len(keep)
-        self._stream_bytes = capacity.size_bytes - sum(sizes[w] for w in keep)
-
-    def wanted(self, position: int) -> Iterable[int]:
-        keep, sizes = self.keep, self.sizes
-        count, room = self._stream_count, self._stream_bytes
-        for weight in self.plan.cycle(position):
-            if weight in keep:
-                yield weight
-            elif count > 0 and sizes[weight] <= room:
-                yield weight
-                count -= 1
-                room -= sizes[weight]
-            elif not keep:
-                return
-            else:
-                count = 0  # streamed weights are fetched in order, none is skipped
 
 
 def _keep_by_count(plan: Plan, count: int) -> frozenset[int]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from feeder.strategies.base import Strategy
+from feeder.strategies.cyclic import Cyclic
 
 
-class Ring(Strategy):
+class Ring(Cyclic):
     """A window of the plan, starting where the engine is. Hits nothing unless everything fits."""
 
     name = "ring"
-
-    def wanted(self, position: int) -> Iterable[int]:
-        return self.plan.cycle(position)

@@ -12,7 +12,8 @@ from tests.packed import pack_side_by_side
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16])
 @pytest.mark.parametrize(
-    "rows, columns", [([5120, 1024, 1024], 5120), ([5120], 27648), ([192, 64, 64], 192), ([896], 4864)]
+    "rows, columns",
+    [([5120, 1024, 1024], 5120), ([5120], 27648), ([192, 64, 64], 192), ([896], 4864)],
 )
 def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype) -> None:
     weights, dense = pack_side_by_side(rows, columns, "cuda", seed=len(rows) + columns)

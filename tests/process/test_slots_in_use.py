@@ -86,3 +86,63 @@ def test_the_poison_is_seen(room: Room, store: Path) -> None:
         other = engine.client.acquire(1)
         assert not torch.equal(data, engine.expected[0])
         engine.client.release(other)
+
+
+def test_a_weight_that_is_held_can_be_had_again(room: Room, store: Path) -> None:
+    """As in a debugger, at a breakpoint inside the Linear that is to be evaluated."""
+    flags = {
+        "one": ["--cache=1"],
+        "all": ["--cache=-1", "--strategy=ring"],
+        "standing": ["--cache=-1", "--strategy=resident"],
+    }
+    feeders = room.feeders({name: [f"--model={store}", *flags[name]] for name in flags})
+    for name, feeder in feeders.items():
+        with fed.connected(room, feeder, name) as engine:
+            client = engine.client
+            for weight in chain(range(TOTAL), range(TOTAL)):
+                first = client.acquire(weight)
+                client.release(client.acquire(weight))
+                assert engine.holds(first, weight)
+                second = client.acquire(weight)
+                client.release(first)
+                assert engine.holds(second, weight)
+                client.release(second)
+            assert client.stats.uses == 6 * TOTAL
+
+
+def test_several_weights_at_once_or_none(room: Room, store: Path) -> None:
+    """An engine takes what is there together, else one after the other; it is always served."""
+    groups = [list(range(TOTAL))[i : i + 3] for i in range(0, TOTAL, 3)]
+    common = [f"--model={store}"]
+    flags = {
+        f"{strategy}{cache}": [*common, f"--strategy={strategy}", f"--cache={cache}"]
+        for strategy, cache in (("ring", 1), ("ring", 7), ("resident", -1), ("on-demand", 3))
+    }
+    for name, feeder in room.feeders(flags).items():
+        with fed.connected(room, feeder, name) as engine:
+            together = sum(_use(engine, group) for group in groups * 6)
+        if name == "ring1":
+            assert together == 0
+        if name == "resident-1":  # once all are there, nobody waits
+            assert together >= 3 * len(groups)
+
+
+def _use(engine: fed.Engine, group: list[int]) -> bool:
+    """Use the weights of a group; whether they were had together."""
+    client = engine.client
+    before = client.stats.uses
+    leases = client.try_acquire(group)
+    if leases is None:
+        assert client.stats.uses == before
+        for weight in group:
+            lease = client.acquire(weight)
+            assert engine.holds(lease, weight)
+            client.release(lease)
+    else:
+        assert [lease.grant.weight for lease in leases] == group
+        for lease, weight in zip(leases, group, strict=True):
+            assert engine.holds(lease, weight)
+        for lease in leases:
+            client.release(lease)
+    assert client.stats.uses == before + len(group)
+    return leases is not None

@@ -174,6 +174,23 @@ def test_whatever_befalls_it_every_need_is_served(seed: int) -> None:
 
 
 @given(seed=SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_an_engine_that_holds_several_weights_is_served(seed: int) -> None:
+    """It takes them together or not at all, so that it never blocks while it holds one."""
+    history = History(seed, any_strategy, hold=3)
+    history.run(700, mishaps=0.01)
+    assert not history.pipeline.fallbacks
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_several_weights_are_had_together_where_they_fit(name: str) -> None:
+    pipeline = Pipeline([512] * 8, Capacity(8, 512 * 8), make_strategy(name), hold=3)
+    engine = pipeline.attach(order_of("plan", 8, Random(0)))
+    pipeline.use(60)
+    assert engine.together > 10
+
+
+@given(seed=SEEDS)
 @settings(deadline=None, max_examples=15)
 def test_a_hundred_swaps_in_one_generation(seed: int) -> None:
     history = History(seed, any_strategy)
