@@ -30,14 +30,18 @@ def lines(
         f" ({format_bytes(found.steady.streamed_bytes)} a token)"
     )
     name, share = found.limit
+    on_cuda = around.device == "cuda"
+    if name == "the link" and not on_cuda:
+        name = "the dequantizer"
     ttft = " / ".join(_seconds(found.ttft_s[tokens]) for tokens in PROMPTS)
     prompts = " / ".join(map(str, PROMPTS))
     limit = f"{name} ({100 * share:.0f} % busy)"
     if found.latency_bound:
         limit = f"the number of slots, then {limit}"
+    first = f" (the first prompt {FIRST_PROMPT_S:g} s more)" if on_cuda else ""
     told.append(
         f"about {1 / found.steady.seconds:.3g} tok/s ({1000 * found.steady.seconds:.3g} ms a token),"
-        f" first token of {prompts} after {ttft} s; the limit is {limit}"
+        f" first token of {prompts} after {ttft} s{first}; the limit is {limit}"
     )
     return told
 

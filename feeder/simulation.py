@@ -8,12 +8,11 @@ Knows no files, no command line and no device; no torch, no zmq.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from common.blocks import packed_bytes
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
-from feeder.strategies.on_demand import OnDemand
 
 #: What the filler copies at once, and dequantizes when it has arrived; larger weights go in pieces.
 PIECE_BYTES = packed_bytes(144 << 20)
@@ -105,8 +104,7 @@ class Simulation:
         self._running: list[tuple[float, int, int]] = []  # kernel's end, slot, generation
         self._staged: dict[int, float] = {}  # copied ahead of its slot: when that is complete
         self._recalled: set[int] = set()  # slots to be given back when their weight has been used
-        self._used = -1  # the weight that the engine is at, or was at last
-        self._waiting = -1  # the weight that it cannot go on without
+        self._waiting = -1  # the weight that the engine cannot go on without
         self.copied: list[int] = []  # weights that have crossed the link
         self.device_s = 0.0
 
@@ -156,7 +154,7 @@ class Simulation:
 
     def _use(self, weight: int, tokens: int) -> None:
         hardware, scheduler = self._hardware, self._scheduler
-        self._used = self._waiting = weight
+        self._waiting = weight
         self._advance(self._now + hardware.engine_s)
         self._return([p for p in self._running if p[0] <= self._now])
         if weight not in self._granted:
@@ -232,7 +230,7 @@ class Simulation:
         if not limit_bytes:
             return
         room = limit_bytes - sum(packed[weight] for weight in self._staged)
-        for weight in _upcoming(self._scheduler, limit_bytes, packed, self._used):
+        for weight in self._scheduler.upcoming(limit_bytes, packed):
             if not self._traffic.moved[weight]:
                 continue  # copied straight into its slot
             if weight not in self._staged and packed[weight] <= room:
@@ -268,17 +266,3 @@ class Simulation:
                 self._granted[first] = self._coming.pop(first)
             self._step()
         self._now = max(self._now, until)
-
-
-def _upcoming(
-    scheduler: Scheduler, limit_bytes: int, packed: Sequence[int], used: int
-) -> Iterator[int]:
-    """Weights not in slots, in the order in which they will be filled, up to ``limit_bytes``."""
-    if used < 0 or isinstance(scheduler.strategy, OnDemand):  # which foresees nothing
-        return
-    for weight in scheduler.plan.cycle(scheduler.plan.after(used) or 0):
-        if scheduler.slots.get(weight) is None:
-            limit_bytes -= packed[weight]
-            if limit_bytes < 0:
-                return
-            yield weight
