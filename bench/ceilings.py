@@ -14,9 +14,9 @@ import triton.testing
 
 from bench.record import finish
 from common import int4
+from common.dequantize import dequantize_into
 from common.memory import CudaMemory
 from common.shared import SharedMemory
-from common.dequantize import dequantize_into
 
 MB = 1 << 20
 

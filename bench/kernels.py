@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ import torch
 from bench.ceilings import device_bytes_per_s
 from bench.record import finish
 from common.blocks import code_bytes, packed_bytes, scale_count
-from engine.w4a16 import Config, Packed, Scratch, multiply, spread
+from engine.packed import Packed
+from engine.w4a16 import Config, Scratch, multiply, spread
 
 #: Rows of the weights that share an input, and columns: those of a 32B model, and parts of them.
 SHAPES: dict[str, tuple[list[int], int]] = {
@@ -83,7 +85,7 @@ def configs(tokens: int, rows: list[int], columns: int) -> Iterable[Config]:
     total = sum(rows)
     for split in (1, 2, 4, 8, 16):
         if tokens == 1:
-            for size, runs, warps in itertools.product((16, 32, 64), (2, 4), (2, 4)):
+            for size, runs, warps in itertools.product((32, 64, 128, 256), (1, 2), (2, 4, 8)):
                 if (
                     4 <= size * runs * 16 // (warps * 32) <= 64
                     and 264 <= total // size * split <= 8000
@@ -118,9 +120,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             for config in configs(tokens, rows, columns):
                 try:
                     calls = [
-                        lambda weights=weights, config=config: multiply(
-                            x, weights, None, scratch, config, planes
-                        )
+                        partial(multiply, x, weights, None, scratch, config, planes)
                         for weights in copies
                     ]
                     results.append((graph_us(calls), config))
@@ -170,31 +170,33 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
         size = sum(packed_bytes(n * columns) for n in rows)
         count = max(2, min(40, COLD_BYTES // size))
         copies = [make(rows, columns) for _ in range(count)]
-        others = [tiny(total, columns) for _ in range(count)]
+        others = [tinygemm_operands(total, columns) for _ in range(count)]
         dense = [torch.randn(total, columns, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         for tokens in arguments.tokens:
             x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
             scratch = Scratch(x.device)
             scratch.hold(1 << 22, 1 << 16)
-            ours = graph_us([lambda w=w: multiply(x, w, None, scratch) for w in copies])
-            tinygemm = graph_us(
-                [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w[0], 128, w[1]) for w in others]
-            )
-            cublas = graph_us([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+            planes = spread(x)
+            ours = graph_us([partial(multiply, x, w, None, scratch, planes=planes) for w in copies])
+            tiny = torch.ops.aten._weight_int4pack_mm
+            tinygemm = graph_us([partial(tiny, x, w[0], 128, w[1]) for w in others])
+            cublas = graph_us([partial(torch.nn.functional.linear, x, w) for w in dense])
             row = {
                 "shape": name, "rows": rows, "columns": columns, "tokens": tokens, "us": ours,
                 "bytes_per_s": size / ours * 1e6, "share": size / ours * 1e6 / bandwidth,
                 "tinygemm_us": tinygemm, "cublas_bf16_us": cublas,
             }  # fmt: skip
             rows_found.append(row)
-            print(f"{name:8} x{tokens:<3} {ours:7.1f} us {100 * row['share']:5.1f} %  tinygemm {tinygemm:7.1f}"
-                  f"  cublas {cublas:7.1f}", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{name:8} x{tokens:<3} {ours:7.1f} us {100 * row['share']:5.1f} %"
+                f"  tinygemm {tinygemm:7.1f}  cublas {cublas:7.1f}", file=sys.stderr, flush=True,
+            )  # fmt: skip
         del copies, others, dense
         torch.cuda.empty_cache()
     return {"device_bytes_per_s": bandwidth, "products": rows_found}
 
 
-def tiny(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def tinygemm_operands(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Operands of torch's own ``_weight_int4pack_mm``: blocks of 128, scales and zeros in bf16."""
     codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)

@@ -164,7 +164,7 @@ class Store:
             raise StoreError(f"{self.path / file}: cannot read {name}: {error}") from error
 
     def _read_into(self, file: str, name: str, destination: torch.Tensor) -> None:
-        view = memoryview(destination.numpy())
+        view = destination.numpy().data
         try:
             with self._lock:
                 if file not in self._fds:

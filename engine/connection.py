@@ -17,6 +17,7 @@ from pathlib import Path
 from common import protocol as p
 from common.channel import Client, Poller
 from common.errors import PeerError, ProtocolError
+from common.formats import FORMATS
 from common.log import log
 from common.process import Lock, watch
 
@@ -24,7 +25,7 @@ HELLO_INTERVAL_S = 0.1
 HELLO_REPEAT_S = 1.0
 QUIET_S = 0.5  # before the engine says what it waits for
 DYING_S = 5.0  # how long a killed process may take to end
-_FORMATS = "dequantized"
+_FORMATS = ",".join(FORMATS)
 _MALFORMED_SHOWN = 3
 _COMPLAINTS = 100
 

@@ -7,13 +7,17 @@ readable under a living mapping.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from common import protocol as p
+from common.blocks import code_bytes, scales_offset
+from common.formats import PACKED
 from common.memory import Segment
+from engine.packed import Packed
 
 MAX_VIEWS = 4096  # tensors of slots that a mapping keeps; making one takes as long as a launch
 
@@ -25,9 +29,7 @@ class Mapping:
     id: int
     segment: Segment
     users: int = 0
-    views: dict[tuple[int, torch.dtype, tuple[int, ...]], torch.Tensor] = field(
-        default_factory=dict
-    )
+    views: dict[tuple[int, object, tuple[int, ...]], Any] = field(default_factory=dict)
     orphaned: bool = False  # the feeder that lent it is gone
 
 
@@ -48,13 +50,31 @@ class Lease:
 
     def weight(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The dequantized weight in the slot, ``shape`` [N, K] of ``dtype``; no copy."""
+
+        def view() -> torch.Tensor:
+            return self.data.view(dtype).view(shape)
+
+        found: torch.Tensor = self._kept((self.grant.offset_bytes, dtype, shape), view)
+        return found
+
+    def packed(self, shape: tuple[int, int]) -> Packed:
+        """The packed weight in the slot, of ``shape`` [N, K]; no copy."""
+
+        def view() -> Packed:
+            elements, data = shape[0] * shape[1], self.data
+            scales = data[scales_offset(elements) :].view(torch.bfloat16)
+            return Packed(data[: code_bytes(elements)], scales, shape)
+
+        found: Packed = self._kept((self.grant.offset_bytes, PACKED, shape), view)
+        return found
+
+    def _kept(self, key: tuple[int, object, tuple[int, ...]], make: Callable[[], Any]) -> Any:
         views = self.mapping.views
-        key = (self.grant.offset_bytes, dtype, shape)
         view = views.get(key)
         if view is None:
             if len(views) >= MAX_VIEWS:
                 views.clear()
-            view = views[key] = self.data.view(dtype).view(shape)
+            view = views[key] = make()
         return view
 
 

@@ -11,9 +11,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Qwen2For
 from common.errors import ConfigError, StoreError
 from common.store import Store
 from engine.client import WeightClient
-from engine.linear import FedLinear
+from engine.linear import FedLinear, Group
+from engine.packed import Products
 
 GENERATION_FILE = "generation_config.json"
+#: Linears of a layer that are given the same input one after the other.
+GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 
 
@@ -61,7 +64,7 @@ def build_model(
         tensor = store.read_resident(entry)
         store.check_resident(entry, tensor)
         residents[entry.name] = tensor.to(device=device, dtype=dtype)
-    _feed_linears(model, store, client, dtype, residents)
+    _feed_linears(model, store, client, dtype, residents, Products(device, dtype))
     _assign(model, residents)
     if store.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -89,6 +92,7 @@ def _feed_linears(
     client: WeightClient,
     dtype: torch.dtype,
     residents: dict[str, torch.Tensor],
+    products: Products,
 ) -> None:
     for index, entry in enumerate(store.weights):
         parent_name, _, name = entry.name.rpartition(".")
@@ -103,8 +107,14 @@ def _feed_linears(
             raise StoreError(
                 f"{entry.name} of store {store.path}: the bias does not fit the model's"
             )
-        fed = FedLinear(client, index, entry.shape, dtype, bias)
+        fed = FedLinear(client, index, entry.shape, dtype, bias, products)
         setattr(model.get_submodule(parent_name), name, fed)
+    for layer in model.get_submodule("model.layers").children():
+        for parent_name, names in GROUPS.items():
+            parent = layer.get_submodule(parent_name)
+            members = [getattr(parent, name) for name in names]
+            if all(isinstance(member, FedLinear) for member in members):
+                Group(client, products, members)
 
 
 def _assign(model: nn.Module, residents: dict[str, torch.Tensor]) -> None:

@@ -24,19 +24,10 @@ import triton.language as tl
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
 from common.formats import RUN
+from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
+from engine.packed import Packed
 
-MAX_TOKENS = 16
 MAX_WEIGHTS = 3
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight on the device. codes: uint8 [ceil(N K / 2)], scales: bf16 [ceil(N K / 128)],
-    both contiguous, the codes 16-byte aligned; ``shape`` is (N, K), K a multiple of 64."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)

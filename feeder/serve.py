@@ -73,6 +73,7 @@ class Feeder:
             on_evict=self._evicted if verify else None,
         )  # fmt: skip
         self._store, self._memory, self._filler = host.store, memory, filler
+        self._packed_bytes = [entry.packed_bytes for entry in host.store.weights]
         self._verifier = Verifier(host, self.slots) if verify else None
         self._wakeup, self._signal = wakeup, SignalFlag(wakeup)
         self._fills: Pending[int] = Pending()
@@ -154,9 +155,8 @@ class Feeder:
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
             self._execute()
-        if self._filler.staging_bytes:
-            packed = [entry.packed_bytes for entry in self._store.weights]
-            self._filler.prefetch(self.scheduler.upcoming(self._filler.staging_bytes, packed))
+        if ahead := self._filler.staging_bytes:
+            self._filler.prefetch(self.scheduler.upcoming(ahead, self._packed_bytes))
 
     def _filled(self, slot: int) -> None:
         self._check(slot, "fill")
@@ -293,6 +293,13 @@ class Feeder:
                 " end that one, or start a feeder with another --name"
             )
             return p.Failure("busy", text)
+        lacking = set(self.slots.formats) - set(hello.formats.split(","))
+        if lacking:
+            text = (
+                f"the engine reads slots of {hello.formats!r}, this feeder fills {lacking.pop()!r}:"
+                " start the feeder with --slots dequantized"
+            )
+            return p.Failure("formats", text)
         if hello.fingerprint not in ("", store.fingerprint):
             text = (
                 f"this feeder has store {store.fingerprint} ({store.path}),"

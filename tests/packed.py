@@ -6,7 +6,7 @@ import torch
 
 from common import int4
 from common.blocks import packed_span, scales_offset
-from engine.w4a16 import Packed
+from engine.packed import Packed
 
 
 def pack_side_by_side(

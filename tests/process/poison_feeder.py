@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from common.formats import PACKED
 from common.log import log
 from common.memory import CudaMemory, Memory
 from common.slots import Slot
@@ -31,24 +32,25 @@ _poisoned = 0
 
 
 class PoisonCpuFiller(CpuFiller):
-    def start(self, weight: int, destination: torch.Tensor) -> Work:
+    def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
         _place[weight] = destination
         delay_s = _random.random() * LONGEST_S
 
         def dawdle() -> None:
-            destination.fill_(torch.nan)
+            overwrite(destination)
             time.sleep(delay_s)
 
         self._worker.submit(dawdle)
-        return super().start(weight, destination)
+        return super().start(weight, slot_format, destination)
 
 
 class PoisonCudaFiller(CudaFiller):
-    def start(self, weight: int, destination: torch.Tensor) -> Work:
+    def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
         _place[weight] = destination
-        destination.fill_(torch.nan)  # the filler has made its stream the current one
-        torch.cuda._sleep(int(_random.random() * LONGEST_S * CYCLES_PER_S))
-        return super().start(weight, destination)
+        with torch.cuda.stream(self._copy if slot_format == PACKED else self._compute):
+            overwrite(destination)
+            torch.cuda._sleep(int(_random.random() * LONGEST_S * CYCLES_PER_S))
+        return super().start(weight, slot_format, destination)
 
 
 class PoisonScheduler(Scheduler):
@@ -58,8 +60,15 @@ class PoisonScheduler(Scheduler):
 
 def poison(slot: Slot) -> None:
     global _poisoned  # noqa: PLW0603
-    _place[slot.weight].fill_(torch.nan)
+    overwrite(_place[slot.weight])
+    if _place[slot.weight].is_cuda:
+        torch.cuda.synchronize()  # the next fill may run on another stream
     _poisoned += 1
+
+
+def overwrite(destination: torch.Tensor) -> None:
+    """With NaN, also what are scales of a packed slot."""
+    destination.view(torch.uint8).fill_(0xFF)
 
 
 def poison_filler(host: HostStore, memory: Memory, wakeup: Wakeup) -> Filler:
