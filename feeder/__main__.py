@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
         from feeder.simulate import main as simulate
 
         return simulate(argv)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.json and not arguments.plan:
+        parser.error("--json is for --plan")
 
     def work(leash: Leash) -> None:
         from feeder.start import serve

@@ -7,6 +7,7 @@ import json
 import torch
 
 from common.config import Cache
+from common.errors import WeightFeederError
 from common.formats import PACKED
 from common.log import log
 from common.memory import CudaMemory, Memory
@@ -80,8 +81,11 @@ def subject_of(slots: SlotMemory) -> f.Subject:
 
 
 def pci_address(memory: CudaMemory) -> str:
-    """Such as ``0000:1b:00.0``."""
+    """Such as ``0000:1b:00.0``; "" if the driver does not say."""
     driver = memory.driver
-    device = memory.call(driver.cuDeviceGet, memory.device.index)
-    text: bytes = memory.call(driver.cuDeviceGetPCIBusId, 32, device)
+    try:
+        device = memory.call(driver.cuDeviceGet, memory.device.index)
+        text: bytes = memory.call(driver.cuDeviceGetPCIBusId, 32, device)
+    except WeightFeederError:
+        return ""
     return text.split(b"\0")[0].decode().lower()

@@ -46,6 +46,8 @@ class PcieLink:
 def pcie_link(address: str) -> PcieLink | None:
     """The link of the card at a PCI address such as ``0000:1b:00.0``. A card that idles lowers its
     generation: ask right after copies."""
+    if not address:
+        return None
     directory = SYSFS / "bus" / "pci" / "devices" / address.lower()
     return pcie_from_sysfs(directory) or _pcie_from_smi(address)
 
@@ -91,6 +93,8 @@ def nvidia_smi(fields: tuple[str, ...], which: str = "") -> str:
 
 def gpu_node(address: str) -> int | None:
     """The NUMA node of the card at that PCI address."""
+    if not address:
+        return None
     text = _text(SYSFS / "bus" / "pci" / "devices" / address.lower() / "numa_node").strip()
     return int(text) if text.isdigit() else None  # -1: the machine does not say
 
