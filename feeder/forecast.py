@@ -92,6 +92,7 @@ def hardware(around: Surroundings, staging_bytes: int) -> Hardware:
         matmul=measured.matmul,
         engine_s=engine_us * 1e-6 * slower,
         staging_bytes=staging_bytes,
+        dequantize=measured.dequantize,
     )
 
 

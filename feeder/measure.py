@@ -30,13 +30,15 @@ BUDGET_S = {"cuda": 0.2, "cpu": 0.03}  # for each of the four
 @dataclass(frozen=True)
 class Measured:
     """``link`` and ``device``: bytes a second, of the device those read plus those written.
-    ``matmul``: floating-point operations a second. ``launch_s``: host time of one small operation."""
+    ``matmul``: floating-point operations a second. ``launch_s``: host time of one small operation.
+    ``dequantize``: packed bytes a second on the CPU; 0 on a GPU, where memory bounds that."""
 
     device_name: str
     link: float
     device: float
     matmul: float
     launch_s: float
+    dequantize: float = 0.0
 
 
 def measure(host: HostStore, memory: Memory, dtype: torch.dtype) -> Measured | None:
@@ -196,7 +198,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
-    """The link of the CPU is the thread that dequantizes: nothing else is between store and slot."""
+    """Between store and slot there are a copy and the thread that dequantizes."""
     total = len(host.places)
     weights = range(
         0, total, max(1, total // 16)
@@ -217,12 +219,14 @@ def _on_cpu(host: HostStore, dtype: torch.dtype) -> Measured:
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
 
     budget_s = BUDGET_S["cpu"]
+    copied = out.nbytes / _best(budget_s, copy)
     return Measured(
         "CPU",
-        link=sum(map(packed_bytes, sizes)) / _best(budget_s, fill),
-        device=2 * out.nbytes / _best(budget_s, copy),
+        link=copied,
+        device=2 * copied,
         matmul=2 * size**3 / _best(budget_s, multiply),
         launch_s=_launch_s(torch.device("cpu")),
+        dequantize=sum(map(packed_bytes, sizes)) / _best(budget_s, fill),
     )
 
 

@@ -31,7 +31,7 @@ def lines(
     )
     name, share = found.limit
     on_cuda = around.device == "cuda"
-    if name == "the link" and not on_cuda:
+    if name == "device memory" and not on_cuda:
         name = "the dequantizer"
     ttft = " / ".join(_seconds(found.ttft_s[tokens]) for tokens in PROMPTS)
     prompts = " / ".join(map(str, PROMPTS))
@@ -122,11 +122,10 @@ def _machine_line(subject: Subject, around: Surroundings) -> str:
     if measured is None:
         return f"{told}, on {around.device}; nothing could be measured"
     pcie = f" ({around.pcie})" if around.pcie else ""
-    link = "link" if around.device == "cuda" else "dequantizer"  # nothing else is between, there
-    told += (
-        f"; {measured.device_name}: {link} {measured.link / 1e9:.3g} GB/s{pcie},"
-        f" memory {measured.device / 1e9:.4g} GB/s"
-    )
+    link = f"link {measured.link / 1e9:.3g} GB/s{pcie}"
+    if around.device == "cpu":
+        link = f"dequantizer {measured.dequantize / 1e9:.3g} GB/s"
+    told += f"; {measured.device_name}: {link}, memory {measured.device / 1e9:.4g} GB/s"
     if around.device == "cuda":
         told += f", MPS {'on' if around.mps else 'off'}"
     return told

@@ -37,7 +37,8 @@ class Hardware:
     """``link`` and ``device``: bytes a second; ``matmul``: floating-point operations a second.
 
     ``engine_s`` and ``handover_s``: for each weight. ``staging_bytes``: packed bytes that may be
-    copied before there is a slot for them.
+    copied before there is a slot for them. ``dequantize``: packed bytes a second where that is not a
+    matter of device memory: on the CPU, which has a thread for fills; 0 elsewhere.
     """
 
     link: float
@@ -46,6 +47,7 @@ class Hardware:
     handover_s: float = HANDOVER_US * 1e-6
     matmul: float = float("inf")
     staging_bytes: int = STAGING_BYTES
+    dequantize: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Simulation:
     def __init__(self, scheduler: Scheduler, traffic: Traffic, hardware: Hardware) -> None:
         self._scheduler, self._traffic, self._hardware = scheduler, traffic, hardware
         self._now = 0.0
-        self._link_free = self._device_free = 0.0
+        self._link_free = self._device_free = self._filler_free = 0.0
         self._events: list[tuple[float, int, str, int, int]] = []
         self._sequence = 0
         self._granted: dict[int, Grant] = {}
@@ -166,6 +168,8 @@ class Simulation:
         grant, self._waiting = self._granted[weight], -1
         self._device_free = max(self._now, self._device_free)
         self._compute(self._use_s(weight, tokens))
+        if hardware.dequantize:  # on the CPU who launches also computes
+            self._advance(self._device_free)
         if not grant.standing or grant.slot in self._recalled:
             self._recalled.discard(grant.slot)
             del self._granted[weight]
@@ -175,7 +179,10 @@ class Simulation:
         traffic, hardware = self._traffic, self._hardware
         moved = traffic.used if tokens <= FUSED_TOKENS else traffic.used_by_many
         memory_s = moved[weight] / (hardware.device * PRODUCT_SHARE)
-        return max(memory_s, tokens * traffic.flops[weight] / hardware.matmul)
+        seconds = max(memory_s, tokens * traffic.flops[weight] / hardware.matmul)
+        if hardware.dequantize and not traffic.moved[weight]:  # packed, and for the CPU to unpack
+            seconds += traffic.packed[weight] / hardware.dequantize
+        return seconds
 
     def _return(self, complete: list[tuple[float, int, int]]) -> None:
         """The engine sees, when it next looks, that these kernels are complete."""
@@ -206,7 +213,11 @@ class Simulation:
         if copied is None:
             copied = self._copy(weight)
         moving_s = self._traffic.moved[weight] / (hardware.device * DEQUANTIZE_SHARE)
-        if copied > self._now:
+        if hardware.dequantize and moving_s:
+            self._filler_free = max(copied, self._filler_free) + size / hardware.dequantize
+            self.device_s += size / hardware.dequantize
+            ready = self._filler_free
+        elif copied > self._now:
             last_s = min(1.0, PIECE_BYTES / size) * moving_s
             self._compute(moving_s - last_s)
             ready = max(copied, self._device_free) + last_s

@@ -24,34 +24,37 @@ def checked(out: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_lines_for_people(room: Room) -> None:
-    ended = room.launch("doctor", "--device=cpu").wait()
+def test_this_machine(room: Room, demo_store: Path, tmp_path: Path) -> None:
+    huge = make_checkpoint(tmp_path / "huge")
+    edit_config(huge, num_hidden_layers=4096, intermediate_size=1 << 24, vocab_size=1 << 24)
+    plain = room.launch("doctor", "--device=cpu")
+    as_json = [
+        room.launch("doctor", "--device=cpu", "--json", *flags)
+        for flags in ([], [f"--model={DEMO}"], [f"--model={demo_store}"], [f"--model={huge}"])
+    ]
+
+    ended = plain.wait()  # lines for people
     assert ended.code == 0, ended.out
-    names = [line[6:20].strip() for line in ended.out.splitlines()]
-    assert all(line[:6].strip() in ("ok", "warn") for line in ended.out.splitlines())
+    assert ended.err == ""
+    lines = ended.out.splitlines()
+    assert all(line[:6].strip() in ("ok", "warn") for line in lines), ended.out
+    names = [line[6:20].strip() for line in lines]
     for name in ("python", "packages", "RAM", "/dev/shm", "memlock", "pidfd", "ptrace", "sharing"):
         assert name in names, ended.out
-    assert ended.err == ""
 
-
-def test_sharing_is_really_tried(room: Room) -> None:
-    found = checked(room.launch("doctor", "--device=cpu", "--json").wait().out)
+    without, *small, large = (process.wait() for process in as_json)
+    found = checked(without.out)
+    assert [*found] == names
     assert found["sharing"]["found"] == "another process read shm memory of this one"
     assert found["packages"]["found"].startswith("torch ")
-    assert "model" in found["RAM"]["found"] and "the model needs" not in found["RAM"]["found"]
+    assert "the model needs" not in found["RAM"]["found"]
 
-
-def test_a_model_is_compared_with_memory(room: Room, demo_store: Path, tmp_path: Path) -> None:
-    for model in (DEMO, demo_store):
-        ended = room.launch("doctor", "--device=cpu", "--json", f"--model={model}").wait()
+    for ended in small:  # a model is compared with memory
         assert ended.code == 0, ended.out
         ram = checked(ended.out)["RAM"]
         assert ram["found"].endswith("the model needs 1.65 MB"), ram
-    huge = make_checkpoint(tmp_path / "huge")
-    edit_config(huge, num_hidden_layers=4096, intermediate_size=1 << 24, vocab_size=1 << 24)
-    ended = room.launch("doctor", "--device=cpu", "--json", f"--model={huge}").wait()
-    assert ended.code == 1
-    found = checked(ended.out)
+    assert large.code == 1
+    found = checked(large.out)
     assert (found["RAM"]["level"], found["/dev/shm"]["level"]) == ("fail", "warn")
     assert "the model needs" in found["RAM"]["found"]
 

@@ -31,7 +31,10 @@ def test_the_plan_as_json(room: Room, demo_store: Path) -> None:
     plan = json.loads(ended.out)
     assert (plan["weights"], plan["slots"], plan["strategy"]) == (57, 12, "resident")
     assert (plan["packed_bytes"], plan["device"], plan["mps"]) == (1653696, "cpu", False)
-    assert all(plan["measured"][name] > 0 for name in ("link", "device", "matmul", "launch_s"))
+    assert all(
+        plan["measured"][name] > 0
+        for name in ("link", "device", "matmul", "launch_s", "dequantize")
+    )
     predicted = plan["predicted"]
     assert predicted["resident_weights"] + predicted["streamed_weights"] == 57
     assert predicted["resident_weights"] == 12 - 4

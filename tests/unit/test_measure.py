@@ -50,3 +50,4 @@ def test_on_the_cpu(tmp_path: Path, dtype: torch.dtype) -> None:
     assert 0 < found.device < 1e13
     assert 0 < found.matmul < 1e14
     assert 0 < found.launch_s < 1
+    assert 0 < found.dequantize < found.link

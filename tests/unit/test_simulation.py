@@ -94,6 +94,20 @@ def test_dequantizing_takes_the_device_too() -> None:
     assert found.seconds >= using
 
 
+def test_the_cpu_dequantizes_on_a_thread_or_at_every_use() -> None:
+    machine = Hardware(FAST, FAST, 0.0, 0.0, staging_bytes=0, dequantize=1e9)
+    filled = simulation(8, machine).steady()
+    assert filled.seconds == pytest.approx(COUNT * PACKED / 1e9, rel=0.05)
+    assert filled.device_s == pytest.approx(filled.seconds, rel=0.05)
+    assert simulation(COUNT, machine, "resident").steady().seconds < 1e-3
+    used = simulation(COUNT, machine, "resident", range(COUNT)).steady()
+    assert used.seconds == pytest.approx(COUNT * PACKED / 1e9, rel=0.01)
+    # Nothing is launched ahead there: the host's time and the product's come one after the other.
+    machine = Hardware(FAST, FAST, 100e-6, 0.0, staging_bytes=0, dequantize=1e9)
+    used = simulation(COUNT, machine, "resident", range(COUNT)).steady()
+    assert used.seconds == pytest.approx(COUNT * (PACKED / 1e9 + 100e-6), rel=0.01)
+
+
 def test_what_stays_is_not_streamed() -> None:
     found = simulation(14, hardware(link=1e9), "resident").steady()
     assert len(found.streamed) == COUNT - 10  # four of the slots stream
