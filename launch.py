@@ -18,7 +18,7 @@ from pathlib import Path
 try:
     from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
     from common.checkpoint_fingerprint import checkpoint_fingerprint
-    from common.config import Cache
+    from common.config import Cache, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.process import clear_run_directory, run_path
     from common.store import Store
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     arguments, feeder_actions, engine_actions = _parse(argv)
     try:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
+        if arguments.vram is not None:
+            parse_size(arguments.vram)
         with _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:

@@ -40,12 +40,21 @@ def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """The feeder's flags, less --model and --name."""
     return [
         parser.add_argument(
-            "--cache", default="128", metavar="N|SIZE",
-            help="weights in slots at once: a number, -1 for all, or bytes such as 10GiB",
+            "--cache", default="auto", metavar="N|SIZE|auto",
+            help="weights in slots at once: a number, -1 for all, bytes such as 10GiB,"
+            " or auto (the default): as many as there is room for",
         ),
         parser.add_argument(
-            "--strategy", default="ring", metavar="NAME|FILE:CLASS",
-            help="ring, resident, on-demand, or your own",
+            "--vram", metavar="SIZE",
+            help="device memory of both processes together, such as 8GiB; default: what is free",
+        ),
+        parser.add_argument(
+            "--context", type=int, metavar="TOKENS",
+            help="prompt and answer that memory is kept for; default: 4096, or the model's if less",
+        ),
+        parser.add_argument(
+            "--strategy", default="resident", metavar="NAME|FILE:CLASS",
+            help="resident (the default), ring, on-demand, or your own",
         ),
         parser.add_argument(
             "--slots", default="auto", choices=SLOTS,

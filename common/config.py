@@ -41,14 +41,20 @@ def format_bytes(size_bytes: float) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """``--cache``: a number of weights (``count``; None for all), or bytes (``size_bytes``)."""
+    """``--cache``: a number of weights (``count``; None for all), or bytes (``size_bytes``).
+
+    ``auto``: all that the device has room for, which nobody calls too few.
+    """
 
     count: int | None = None
     size_bytes: int | None = None
+    auto: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Cache:
-        """From ``128``, ``-1`` or ``10GiB``. UsageError for anything else."""
+        """From ``auto``, ``128``, ``-1`` or ``10GiB``. UsageError for anything else."""
+        if text.strip().lower() == "auto":
+            return cls(auto=True)
         if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
             count = int(text)
             if count == -1:
@@ -56,7 +62,7 @@ class Cache:
             if count < 1:
                 raise UsageError(
                     f"cache {text!r} holds no weight: give a number from 1, -1 for all,"
-                    " or a size such as 10GiB"
+                    " a size such as 10GiB, or auto"
                 )
             return cls(count=count)
         try:
@@ -64,10 +70,12 @@ class Cache:
         except UsageError:
             raise UsageError(
                 f"cache {text!r} is not understood: give a number of weights, -1 for all,"
-                " or a size such as 10GiB"
+                " a size such as 10GiB, or auto"
             ) from None
 
     def __str__(self) -> str:
+        if self.auto:
+            return "auto"
         if self.size_bytes is not None:
             return f"{self.size_bytes}B"
         return "-1" if self.count is None else str(self.count)

@@ -8,6 +8,7 @@ tensors are not used: see docs/architecture.md.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ class Memory(ABC):
 
     device: torch.device
     identity: str  # the same in every process for the same device
+    allocated: int = 0  # bytes of segments that were allocated here and not closed; on CUDA only
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> Segment:
@@ -61,6 +63,19 @@ class Memory(ABC):
     @abstractmethod
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         """Page-lock host memory, so that copies run at the link's speed; returns what undoes it."""
+
+    @abstractmethod
+    def device_view(self, host: torch.Tensor) -> torch.Tensor:
+        """Contiguous host memory as a tensor of the device, which reads it across the link at every
+        use. Page-locked, and kept, until the last view of it is gone."""
+
+    @abstractmethod
+    def limit(self, size_bytes: int) -> None:
+        """Bound what torch allocates for this process on the device; 0 for no bound."""
+
+    @abstractmethod
+    def room_bytes(self) -> int:
+        """Bytes that torch can still allocate for this process, its own unused ones included."""
 
     @abstractmethod
     def stream(self) -> Any:
@@ -104,7 +119,7 @@ class CpuMemory(Memory):
     identity = "cpu"
 
     def __init__(self) -> None:
-        self._peak = 0
+        self._peak = self._limit = 0
 
     def allocate(self, size_bytes: int) -> Segment:
         segment = _CpuSegment(SharedMemory.create(size_bytes, "slots"))
@@ -125,6 +140,16 @@ class CpuMemory(Memory):
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         return lambda: None
 
+    def device_view(self, host: torch.Tensor) -> torch.Tensor:
+        return host
+
+    def limit(self, size_bytes: int) -> None:
+        self._limit = size_bytes  # planned with, not enforced: torch bounds no host memory
+
+    def room_bytes(self) -> int:
+        available = available_host_bytes()
+        return min(available, self._limit) if self._limit else available
+
     def stream(self) -> None:
         return None
 
@@ -142,6 +167,7 @@ class _Pointer:
     """Device memory that torch did not allocate, as the CUDA array interface describes it."""
 
     def __init__(self, address: int, size_bytes: int) -> None:
+        # torch keeps this object for as long as it has a view of that memory.
         self.__cuda_array_interface__ = {
             "shape": (size_bytes,), "typestr": "|u1", "data": (address, False), "version": 3,
         }  # fmt: skip
@@ -201,7 +227,7 @@ class CudaMemory(Memory):
         torch.cuda.synchronize(device)  # makes the primary context, and makes it current
         self._context = self.call(driver.cuCtxGetCurrent)
         self.identity = f"cuda:{torch.cuda.get_device_properties(device).uuid}"
-        self.allocated = self._peak = 0
+        self._peak = self._limit = 0
         self._events: list[torch.cuda.Event] = []
 
     def call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
@@ -247,10 +273,34 @@ class CudaMemory(Memory):
         except (PeerError, MemoryShortageError) as error:
             unpin()
             raise MemoryShortageError(
-                f"the host store of {memory.numel():,} bytes cannot be page-locked ({error}):"
+                f"{memory.numel():,} bytes of host memory cannot be page-locked ({error}):"
                 " raise the limit (ulimit -l unlimited, or docker run --ulimit memlock=-1)"
             ) from error
         return unpin
+
+    def device_view(self, host: torch.Tensor) -> torch.Tensor:
+        unpin, driver = self.pin(host.view(-1).view(torch.uint8)), self.driver
+        address = int(self.call(driver.cuMemHostGetDevicePointer, host.data_ptr(), 0))
+        pointer = _Pointer(address, host.nbytes)
+
+        def close(_kept: torch.Tensor) -> None:
+            torch.cuda.synchronize(self.device)  # kernels may be reading it
+            unpin()
+
+        weakref.finalize(pointer, close, host).atexit = False  # the end of the process frees it
+        view = torch.as_tensor(pointer, device=self.device)
+        return view.view(host.dtype).view(host.shape)
+
+    def limit(self, size_bytes: int) -> None:
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self._limit = size_bytes
+        share = min(1.0, size_bytes / total) if size_bytes else 1.0
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
+    def room_bytes(self) -> int:
+        room = self.free_bytes() + torch.cuda.memory_reserved(self.device)
+        room = min(room, self._limit) if self._limit else room
+        return room - torch.cuda.memory_allocated(self.device)
 
     def stream(self) -> Any:
         return torch.cuda.current_stream(self.device)

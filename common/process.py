@@ -26,6 +26,7 @@ from common.wait import Wakeup
 LEASH_VARIABLE = "WEIGHT_FEEDER_LEASH"
 
 #: Held by an engine that has its model, and with it most of the device memory that it will take.
+ENGINE_LOCK = "engine.lock"
 MODEL_LOCK = "model.lock"
 
 

@@ -48,6 +48,7 @@ class Welcome:
     strategy: str
     cache: str
     verify: bool
+    engine_bytes: int  # that the engine may allocate for itself; 0 for whatever is free
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,21 @@ class Revoke:
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """The engine is short of so many bytes of device memory. Answered by Shrunk."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The slots take so many bytes less now, 0 if they cannot. ``engine_bytes``: as in Welcome."""
+
+    size_bytes: int
+    engine_bytes: int
+
+
+@dataclass(frozen=True)
 class StatusRequest:
     """What are you doing? Answered by Status."""
 
@@ -177,12 +193,13 @@ class Goodbye:
 
 Message = (
     Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Release | Revoke
-    | StatusRequest | Status | Swap | Stop | Done | Failure | Goodbye
+    | Shrink | Shrunk | StatusRequest | Status | Swap | Stop | Done | Failure | Goodbye
 )  # fmt: skip
 
 TYPES: dict[str, type[Message]] = {
     "hello": Hello, "welcome": Welcome, "export": Export, "retire": Retire, "retired": Retired,
     "plan": Plan, "need": Need, "grant": Grant, "release": Release, "revoke": Revoke,
+    "shrink": Shrink, "shrunk": Shrunk,
     "status-request": StatusRequest, "status": Status, "swap": Swap, "stop": Stop, "done": Done,
     "failure": Failure, "goodbye": Goodbye,
 }  # fmt: skip

@@ -93,8 +93,7 @@ def expected_tensors(
     shape: embedding, norms, and the biases that Qwen2 has on q, k and v.
     """
     hidden, mid, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    head_dim = _head_dim(config)
-    query, key_value = config["num_attention_heads"] * head_dim, _kv_heads(config) * head_dim
+    query, key_value = attention_widths(config)
     linear: dict[str, tuple[int, int]] = {}
     residents: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(config["num_hidden_layers"]):
@@ -112,6 +111,12 @@ def expected_tensors(
     if not is_tied(config):
         linear["lm_head"] = (vocab, hidden)
     return linear, residents
+
+
+def attention_widths(config: dict[str, Any]) -> tuple[int, int]:
+    """Columns of all of a layer's queries together, and of all its keys (or values)."""
+    head_dim = _head_dim(config)
+    return config["num_attention_heads"] * head_dim, _kv_heads(config) * head_dim
 
 
 def _show(value: object) -> str:

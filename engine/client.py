@@ -60,6 +60,8 @@ class WeightClient:
         self._stream: Any = None
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
+        self._shrink: p.Shrink | None = None  # asked, and not answered
+        self._shrunk = 0
         self._connection = Connection(directory, leash_fd, self._found, self._lost)
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -80,6 +82,8 @@ class WeightClient:
         with self._lock:
             self._memory = memory
             self._stream = memory.stream()
+            if self._connection.feeder is not None:
+                memory.limit(self._connection.feeder.engine_bytes)
             for message in self._early:
                 self._obey(message)
             self._early.clear()
@@ -117,6 +121,17 @@ class WeightClient:
                 self._check(lease, "release")
             if self._ledger.put(lease):
                 self._give_back(lease)
+
+    def shrink(self, size_bytes: int) -> int:
+        """Device memory is short: the feeder's slots are to take so many bytes less. Blocks until they
+        do; returns how many they are, 0 if none. No lease may be taken; the pass begins anew."""
+        with self._lock:
+            if self._order is not None:
+                self._order.clear()  # of a pass that did not end
+            self._shrink = p.Shrink(size_bytes)
+            self._connection.send(self._shrink)
+            self._pump_until(lambda: self._shrink is None)
+            return self._shrunk
 
     def ask_status(self, timeout_s: float = 2.0) -> p.Fields:
         """The feeder's own figures; empty if it does not answer in time."""
@@ -286,6 +301,10 @@ class WeightClient:
             self._connection.send(self._plan)
         if self._needed is not None:
             self._connection.send(p.Need(self._needed))
+        if self._memory is not None:
+            self._memory.limit(feeder.engine_bytes)
+        if self._shrink is not None:
+            self._connection.send(self._shrink)
 
     def _lost(self) -> None:
         """Drop what the feeder lent. Its memory is unmapped when the last kernel is done with it."""
@@ -312,6 +331,9 @@ class WeightClient:
                 self._ledger.retire(segment)
             case p.Status(fields):
                 self._status = fields
+            case p.Shrunk(size_bytes, engine_bytes) if self._shrink is not None:
+                self._shrink, self._shrunk = None, size_bytes
+                self._memory.limit(engine_bytes)
             case _:
                 self._connection.ignored += 1
 

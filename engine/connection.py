@@ -168,7 +168,7 @@ class Connection:
         if pid is not None:
             self._say(f"waiting for feeder {name!r}, pid {pid}, to load its store")
         else:
-            command = f"python -m feeder --name {name} --model STORE --cache 128"
+            command = f"python -m feeder --name {name} --model STORE"
             self._say(f"waiting for a feeder called {name!r}; start one with: {command}")
 
     def _say(self, text: str) -> None:

@@ -109,7 +109,16 @@ class _Stream(TextStreamer):
 class Generator:
     """A model, its codec and the sampling: answers prompts one after the other."""
 
-    def __init__(self, model: PreTrainedModel, codec: Codec, sampling: Sampling, raw: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        codec: Codec,
+        sampling: Sampling,
+        raw: bool,
+        chunk: Callable[[int], int | None] = lambda tokens: None,
+    ) -> None:
+        """``chunk``: how many of a prompt's tokens one pass may take, None for all of them."""
+        self._chunk = chunk
         self._model: Any = model  # its type has no ``generate``, which comes from a mixin
         self._codec, self._raw = codec, raw
         self._config = sampling.apply(model.generation_config)
@@ -139,6 +148,10 @@ class Generator:
             config = GenerationConfig.from_dict(config.to_dict())
             config.max_new_tokens = context - len(ids)
             log.debug("the context of %d leaves room for %d tokens", context, config.max_new_tokens)
+        chunk = self._chunk(len(ids))
+        if chunk is not None:
+            config = GenerationConfig.from_dict(config.to_dict())
+            config.prefill_chunk_size = chunk
         if self._seed is not None:
             set_seed(self._seed)
         tokens = torch.tensor([ids], device=self._model.device)

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 
+from common.checkpoint import EMBEDDING
 from common.errors import ConfigError, StoreError
+from common.memory import Memory
 from common.store import Store
 from engine.client import WeightClient
+from engine.embedding import host_table
 from engine.linear import FedLinear, Group
 from engine.packed import Products
 
@@ -39,14 +42,15 @@ def choose_attention(asked: str, device: torch.device, dtype: torch.dtype) -> st
 def build_model(
     store: Store,
     client: WeightClient,
-    device: torch.device,
+    memory: Memory,
     dtype: torch.dtype,
     attention: str = "auto",
 ) -> PreTrainedModel:
-    """Qwen2ForCausalLM on ``device`` in which every Linear that the store holds is a FedLinear.
+    """Qwen2ForCausalLM on ``memory.device`` in which every Linear that the store holds is a FedLinear.
 
     Raises StoreError if store and model disagree, StoreCorruptError if a resident is damaged.
     """
+    device = memory.device
     if device.type == "cuda":
         # cuDNN's attention builds a plan for every new length of the KV cache: 25 ms for each token,
         # measured on an H100. docs/decisions/0005-no-cudnn-attention.md
@@ -63,7 +67,10 @@ def build_model(
     for entry in store.residents:
         tensor = store.read_resident(entry)
         store.check_resident(entry, tensor)
-        residents[entry.name] = tensor.to(device=device, dtype=dtype)
+        if entry.name == EMBEDDING and not store.tied and device.type == "cuda":
+            residents[entry.name] = host_table(tensor, dtype, memory)
+        else:
+            residents[entry.name] = tensor.to(device=device, dtype=dtype)
     _feed_linears(model, store, client, dtype, residents, Products(device, dtype))
     _assign(model, residents)
     if store.tied:

@@ -14,9 +14,8 @@ from torch import nn
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import dequantize_into
+from common.footprint import SCRATCH_ELEMENTS
 
-#: Dequantized at once: the largest matrix of a 32B model, 27648 x 5120, as bf16 270 MiB.
-SCRATCH_ELEMENTS = 27648 * 5120
 MAX_FUSED_TOKENS = 16
 
 

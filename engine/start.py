@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from common.errors import MemoryShortageError, PeerError, UsageError
+from common.errors import PeerError, UsageError
 from common.log import log
 from common.memory import memory_for
 from common.process import (
+    ENGINE_LOCK,
     MODEL_LOCK,
     Leash,
     Lock,
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
         stack.callback(remove_run_directory, directory)
-        lock = Lock(directory / "engine.lock", "engine")
+        lock = Lock(directory / ENGINE_LOCK, "engine")
         stack.callback(lock.release)
         lock.acquire()
         output = _open_output(arguments.output, stack)
@@ -53,10 +54,9 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         try:
             _generate(arguments, client, model_lock, prompts, sampling, output)
         except torch.OutOfMemoryError as error:
-            raise MemoryShortageError(
-                f"the engine is out of device memory ({str(error).partition('.')[0]}):"
-                " give a smaller --cache, or a shorter prompt"
-            ) from error
+            from engine.shortage import shortage
+
+            raise shortage(str(error)) from error
 
 
 def _generate(
@@ -70,6 +70,7 @@ def _generate(
     from engine.generate import Generator
     from engine.model import build_model
     from engine.report import Report, print_summary
+    from engine.shortage import MemoryKeeper
     from engine.text import codec_for
 
     feeder = client.wait_for_feeder()
@@ -86,9 +87,10 @@ def _generate(
     client.names = [entry.name for entry in store.weights]
     dtype = getattr(torch, feeder.dtype)
     codec = codec_for(store)
-    model = build_model(store, client, memory.device, dtype, arguments.attention)
+    model = build_model(store, client, memory, dtype, arguments.attention)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
-    generator = Generator(model, codec, sampling, arguments.raw)
+    keeper = MemoryKeeper(model, client, memory)
+    generator = Generator(model, codec, sampling, arguments.raw, keeper.chunk)
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client)

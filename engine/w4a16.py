@@ -1,21 +1,14 @@
-"""Products of a few tokens with packed weights: fused W4A16 kernels and their checking launcher.
+"""Products of a few tokens with packed weights: one launch for up to three weights that share x.
 
 y = x @ W.T + b, where W [N, K] is INT4 in blocks of 128 with bf16 scales, read once, as it is packed;
 codes become floats in registers, products are accumulated in fp32 and scaled there, and rounded once.
-Up to three weights that share x are multiplied in one launch. Knows no slots and no sockets.
-
-One token takes a kernel without tensor cores: eight codes of a 32-bit word become floats by placing each
-nibble in the mantissa of 128 (an idea of Kim et al., "Who Says Elephants Can't Run", 2022). More tokens
-take tensor cores, the even and the odd elements apart, so that no code has to change its lane. Where
-there are fewer rows than multiprocessors, K is split; the last program of a row to finish adds the
-parts in their fixed order, so that the result does not depend on timing (stream-K's fix-up, Osama et
-al., 2023).
+One token takes the kernel of `engine.one_token`. Two to sixteen take tensor cores, the even and the odd
+elements apart, so that no code has to change its lane. Knows no slots and no sockets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +17,7 @@ import triton.language as tl
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
 from common.formats import RUN
+from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed import Packed
 
@@ -31,14 +25,25 @@ MAX_WEIGHTS = 3
 
 
 @dataclass(frozen=True)
-class Config:
-    """How a product is cut: rows and runs (of 128) of a program, parts of K, warps, stages."""
+class OneTokenCut:
+    """How the product of one token is cut: a program takes two tiles of ``tile`` rows, ``runs`` runs of
+    128 at a time, and one of ``split`` parts of K. ``deep``: codes are loaded two turns ahead, not one."""
 
-    rows: int
+    tile: int
     runs: int
     split: int
     warps: int
-    stages: int = 1
+    deep: bool = False
+
+
+@dataclass(frozen=True)
+class TokensCut:
+    """How the product of several tokens is cut: rows of a program, parts of K."""
+
+    rows: int
+    split: int
+    warps: int
+    stages: int
 
 
 @triton.jit
@@ -83,126 +88,6 @@ def _finish(  # type: ignore[no-untyped-def]
             acc += tl.load(bias + rows).to(tl.float32)[:, None]
         to = columns[None, :] * stride + rows[:, None]
         tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _spread_one_kernel(x, planes, words, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [K] to planes [9, K / 8] in fp32: element j of each word's eight in plane j, and their sum
-    times 136, which is what the codes of a word are too large by, all together."""
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    there = at < words
-    total = tl.zeros((SIZE,), tl.float32)
-    for j in tl.static_range(8):
-        value = tl.load(x + at * 8 + j, mask=there, other=0.0).to(tl.float32)
-        tl.store(planes + j * words + at, value, mask=there)
-        total += value
-    tl.store(planes + 8 * words + at, total * 136.0, mask=there)
-
-
-@triton.jit
-def _pair(word, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two codes of each word as floats, 128 + 8 too large: each nibble is put into the mantissa of 128."""
-    pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308  # two bf16: 128 + (code + 8)
-    low = (pair << 16).to(tl.float32, bitcast=True)
-    high = (pair & -65536).to(tl.float32, bitcast=True)
-    return low, high
-
-
-@triton.jit
-def _eight(word, x0, x1, x2, x3, x4, x5, x6, x7, x8):  # type: ignore[no-untyped-def]
-    """The eight codes of each word times their elements of x. A word's bytes come lowest first, in each
-    the odd element low: nibble j is element j ^ 1, and nibbles j and j + 4 are taken together."""
-    low, high = _pair(word, 0)
-    product = tl.fma(high, x5, tl.fma(low, x1, -x8))
-    low, high = _pair(word, 4)
-    product = tl.fma(high, x4, tl.fma(low, x0, product))
-    low, high = _pair(word, 8)
-    product = tl.fma(high, x7, tl.fma(low, x3, product))
-    low, high = _pair(word, 12)
-    return tl.fma(high, x6, tl.fma(low, x2, product))
-
-
-@triton.jit
-def _one_token_kernel(  # type: ignore[no-untyped-def]
-    planes, words, scales, bias, y, parts, counters,
-    code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-    RUN: tl.constexpr,
-):  # fmt: skip
-    """One program multiplies ROWS rows with its part of K, RUNS runs of RUN (64 or 128) at a time, in
-    two tiles, so that x is loaded half as often.
-
-    operand   shape            dtype        layout
-    planes    [9, K / 8]       fp32         as _spread_one_kernel makes them
-    words     any              int32        the codes of weight i begin at word ``code_i``, 16-byte aligned;
-                                            the first of two codes in a byte's high nibble
-    scales    any              bf16         the scales of weight i begin at ``scale_i``
-    bias      [total]          as y         contiguous, if BIAS
-    y         [total]          bf16, fp16   contiguous; weight i's rows after those before it
-    parts     [SPLIT, total]   fp32         scratch
-    counters  [total / ROWS]   int32        zeros, and left as zeros
-    """
-    WORDS: tl.constexpr = RUN // 8
-    TILE: tl.constexpr = ROWS // 2
-    pid, part = tl.program_id(0), tl.program_id(1)
-    row, local, code, scale = _place(
-        pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS
-    )
-    runs = K // RUN
-    stride = tl.multiple_of(K // 8, 8)  # words of a row
-    per_part = tl.cdiv(tl.cdiv(runs, RUNS), SPLIT) * RUNS
-    rows, word = tl.arange(0, TILE), tl.arange(0, WORDS)
-    words_a = words + code + (local + rows)[:, None, None] * stride
-    words_b = words_a + TILE * stride
-    # The scales are loaded in the layout of the products: fewer elements than threads, so for free.
-    scales_a = scales + scale
-    first_a = ((local + rows) * runs)[:, None]
-    first_b = first_a + TILE * runs
-    acc_a = tl.zeros((TILE, RUNS, WORDS), tl.float32)
-    acc_b = tl.zeros((TILE, RUNS, WORDS), tl.float32)
-    first, last = part * per_part, min((part + 1) * per_part, runs)
-    run = first + tl.arange(0, RUNS)
-    column = run[:, None] * WORDS + word[None, :]
-    there = (column < stride)[None, :, :]
-    a = tl.load(words_a + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
-    b = tl.load(words_b + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
-    for _ in range(first, last, RUNS):
-        ahead = column + RUNS * WORDS  # the next codes are on their way while these are multiplied
-        there = (ahead < stride)[None, :, :]
-        next_a = tl.load(
-            words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-        )
-        next_b = tl.load(
-            words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
-        )
-        exists = (run < runs)[None, :]
-        block_a, block_b = (
-            ((first_a + run[None, :]) * RUN) // 128,
-            ((first_b + run[None, :]) * RUN) // 128,
-        )
-        factor_a = tl.load(scales_a + block_a, mask=exists, other=0.0).to(tl.float32)
-        factor_b = tl.load(scales_a + block_b, mask=exists, other=0.0).to(tl.float32)
-        at, mask = planes + column, column < stride
-        x0 = tl.load(at, mask=mask, other=0.0)[None, :, :]
-        x1 = tl.load(at + stride, mask=mask, other=0.0)[None, :, :]
-        x2 = tl.load(at + 2 * stride, mask=mask, other=0.0)[None, :, :]
-        x3 = tl.load(at + 3 * stride, mask=mask, other=0.0)[None, :, :]
-        x4 = tl.load(at + 4 * stride, mask=mask, other=0.0)[None, :, :]
-        x5 = tl.load(at + 5 * stride, mask=mask, other=0.0)[None, :, :]
-        x6 = tl.load(at + 6 * stride, mask=mask, other=0.0)[None, :, :]
-        x7 = tl.load(at + 7 * stride, mask=mask, other=0.0)[None, :, :]
-        x8 = tl.load(at + 8 * stride, mask=mask, other=0.0)[None, :, :]
-        acc_a = tl.fma(_eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_a[:, :, None], acc_a)
-        acc_b = tl.fma(_eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8), factor_b[:, :, None], acc_b)
-        a, b, column, run = next_a, next_b, ahead, run + RUNS
-    columns = tl.zeros((1,), tl.int32)
-    mask1 = tl.full((ROWS, 1), True, tl.int1)
-    both = tl.join(tl.sum(tl.sum(acc_a, 2), 1), tl.sum(tl.sum(acc_b, 2), 1))
-    result = tl.reshape(tl.trans(both), (ROWS,))[:, None]
-    _finish(
-        result, columns, row + tl.arange(0, ROWS), mask1, bias, y, parts, counters, pid, part, total,
-        total, SPLIT, BIAS, 1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -334,94 +219,159 @@ class Scratch:
             self.counters = torch.zeros(counters, dtype=torch.int32, device=self._device)
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What a product of one token is followed by; see `one_token.product_kernel`.
+
+    ``sums``: fp32, if x is to be normalized: parts of the sum of its squares. RESIDUAL: ``hidden``,
+    ``norm``, ``planes`` (the next x, spread) and ``next_sums``, one number a program. GLU: ``planes``.
+    """
+
+    mode: int = 0
+    sums: torch.Tensor | None = None
+    eps: float = 0.0
+    hidden: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    planes: torch.Tensor | None = None
+    next_sums: torch.Tensor | None = None
+    pdl: bool = False
+
+
+NONE = Epilogue()
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] in the order in which the kernels read it; one more launch."""
+    tokens, columns = x.shape
+    if tokens == 1:
+        words = columns // 8
+        planes = torch.empty((9, words), dtype=torch.float32, device=x.device)
+        grid = (triton.cdiv(columns, 1024),)
+        one_token.spread_kernel[grid](x, planes, words, SIZE=1024, num_warps=4)
+        return planes
+    planes = torch.empty((2, MAX_TOKENS, columns // 2), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(columns // 2, 512), MAX_TOKENS)
+    _spread_kernel[grid](x, planes, columns, tokens, SIZE=512, TOKENS=MAX_TOKENS, num_warps=2)
+    return planes
+
+
 def multiply(
-    x: torch.Tensor,
-    weights: list[Packed],
-    bias: torch.Tensor | None,
-    scratch: Scratch,
-    config: Config | None = None,
-    planes: torch.Tensor | None = None,
+    x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None, scratch: Scratch
 ) -> torch.Tensor:
     """The products of x with up to three packed weights, side by side.
 
     x: bf16 or fp16 [M, K], contiguous, M from 1 to 16; ``bias``: [N of all], as x. Returns
     [M, N of all], as x. ValueError for other operands. Queued on the current stream.
     """
-    tokens, columns = _check(x, weights, bias)
-    rows = [weight.shape[0] for weight in weights]
-    total = sum(rows)
-    config = config or choose(tokens, rows, columns, x.device)
+    tokens = _check(x, weights, bias)
+    total = sum(weight.shape[0] for weight in weights)
     y = torch.empty((tokens, total), dtype=x.dtype, device=x.device)
-    planes = spread(x) if planes is None else planes
-    padded = 1 if tokens == 1 else MAX_TOKENS
-    if config.split > 1:
-        scratch.hold(config.split * padded * total, total // config.rows)
-    base = weights[0].codes.data_ptr()
-    unit = 4 if tokens == 1 else 1
-    codes = [(weight.codes.data_ptr() - base) // unit for weight in weights]
-    scale_base = weights[0].scales.data_ptr()
-    scales = [(weight.scales.data_ptr() - scale_base) // 2 for weight in weights]
-    codes += codes[-1:] * (MAX_WEIGHTS - len(codes))
-    scales += scales[-1:] * (MAX_WEIGHTS - len(scales))
-    rows += [total] * (MAX_WEIGHTS - len(rows))
-    run = BLOCK if columns % BLOCK == 0 else RUN
-    grid = (total // config.rows, config.split)
-    constants: dict[str, Any] = {
-        "ROWS": config.rows, "SPLIT": config.split, "BIAS": bias is not None, "RUN": run,
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
-    operands = (
-        weights[0].scales, bias if bias is not None else y, y, scratch.parts, scratch.counters,
-        *codes, *scales, rows[0], rows[1], total, columns,
-    )  # fmt: skip
+    planes = spread(x)
     if tokens == 1:
-        words = weights[0].codes.view(torch.int32)
-        _one_token_kernel[grid](planes, words, *operands, RUNS=config.runs, **constants)
+        multiply_one(planes, weights, bias, y, scratch)
     else:
-        pairs = weights[0].codes.view(torch.int8)
-        asm = not interpreted()
-        _tokens_kernel[grid](
-            planes, pairs, *operands, tokens, TOKENS=MAX_TOKENS, ASM=asm, **constants
-        )
+        multiply_tokens(planes, tokens, weights, bias, y, scratch)
     return y
 
 
-def choose(tokens: int, rows: list[int], columns: int, device: torch.device) -> Config:
-    """How to cut a product."""
-    most = 16 if tokens == 1 else 64
-    size = most
-    while any(count % size for count in rows):
-        size //= 2
-    return Config(rows=size, runs=4, split=1, warps=4, stages=4)
+def multiply_one(
+    planes: torch.Tensor,
+    weights: list[Packed],
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    scratch: Scratch,
+    epilogue: Epilogue = NONE,
+    cut: OneTokenCut | None = None,
+) -> int:
+    """One token's products. planes: fp32 [9, K / 8], see `spread`; y: any floating dtype, N of all
+    elements, for PLAIN. Returns how many programs ran, which is how many sums RESIDUAL wrote."""
+    from engine.cuts import one_token_cut
+
+    rows, columns, total, run, places = _places(weights, 4)
+    glu = epilogue.mode == int(one_token.GLU)
+    cut = cut or one_token_cut(rows, columns, planes.device)
+    programs = rows[0] // cut.tile if glu else total // (2 * cut.tile)
+    if cut.split > 1:
+        scratch.hold(cut.split * total, programs)
+    sums = epilogue.sums
+    unused = scratch.parts if y is None else y
+    one_token.product_kernel[(programs, cut.split)](
+        planes, weights[0].codes.view(torch.int32), weights[0].scales,
+        bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
+        *places, rows[0] if glu else total, columns,
+        sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
+        epilogue.planes, epilogue.next_sums,
+        TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
+        MODE=epilogue.mode, NORM=sums is not None,
+        SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
+        DEEP=cut.deep, PDL=epilogue.pdl, num_warps=cut.warps, launch_pdl=epilogue.pdl,
+    )  # fmt: skip
+    return programs
 
 
-def _check(x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None) -> tuple[int, int]:
+def multiply_tokens(
+    planes: torch.Tensor,
+    tokens: int,
+    weights: list[Packed],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    scratch: Scratch,
+    cut: TokensCut | None = None,
+) -> None:
+    """Several tokens' products into y [tokens, N of all]. planes: see `spread`."""
+    from engine.cuts import tokens_cut
+
+    rows, columns, total, run, places = _places(weights, 1)
+    cut = cut or tokens_cut(rows, columns, planes.device)
+    if cut.split > 1:
+        scratch.hold(cut.split * MAX_TOKENS * total, total // cut.rows)
+    _tokens_kernel[(total // cut.rows, cut.split)](
+        planes, weights[0].codes.view(torch.int8), weights[0].scales,
+        bias if bias is not None else y, y, scratch.parts, scratch.counters,
+        *places, total, columns, tokens,
+        ROWS=cut.rows, SPLIT=cut.split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
+        ASM=not interpreted(), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+
+
+def _places(weights: list[Packed], unit: int) -> tuple[list[int], int, int, int, list[int]]:
+    """Rows of each weight, columns, rows of all, the run; and where the codes (in units of so many
+    bytes) and the scales of three weights are, from those of the first, and two row counts."""
+    rows = [weight.shape[0] for weight in weights]
+    columns = weights[0].shape[1]
+    base, scale_base = weights[0].codes.data_ptr(), weights[0].scales.data_ptr()
+    codes = [(weight.codes.data_ptr() - base) // unit for weight in weights]
+    scales = [(weight.scales.data_ptr() - scale_base) // 2 for weight in weights]
+    lacking = MAX_WEIGHTS - len(weights)
+    total = sum(rows)
+    counts = [*rows, *[total] * lacking][:2]
+    places = [*codes, *codes[-1:] * lacking, *scales, *scales[-1:] * lacking, *counts]
+    return rows, columns, total, BLOCK if columns % BLOCK == 0 else RUN, places
+
+
+def _check(x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None) -> int:
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or not x.is_contiguous():
-        raise ValueError(
-            f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}"
-        )
+        raise ValueError(f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}")
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}: expected bfloat16 or float16")
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(f"{len(weights)} weights: expected 1 to {MAX_WEIGHTS}")
-    tokens, columns = x.shape
     for weight in weights:
-        elements = weight.shape[0] * weight.shape[1]
-        found = (
-            weight.codes.dtype,
-            weight.codes.numel(),
-            weight.scales.dtype,
-            weight.scales.numel(),
-        )
-        expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
-        if found != expected or weight.shape[1] != columns or columns % RUN:
-            raise ValueError(
-                f"a weight of {weight.shape} is {found}: expected {expected}, and {columns} columns,"
-                f" a multiple of {RUN}"
-            )
-        if weight.codes.data_ptr() % 16 or weight.codes.device != x.device:
-            raise ValueError("codes must be 16-byte aligned and on the device of x")
+        _check_weight(x, weight)
     total = sum(weight.shape[0] for weight in weights)
     if bias is not None and (bias.shape != (total,) or bias.dtype != x.dtype):
         raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}: expected {x.dtype} [{total}]")
-    return tokens, columns
+    return x.shape[0]
+
+
+def _check_weight(x: torch.Tensor, weight: Packed) -> None:
+    elements, columns = weight.shape[0] * weight.shape[1], x.shape[1]
+    found = (weight.codes.dtype, weight.codes.numel(), weight.scales.dtype, weight.scales.numel())
+    expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
+    if found != expected or weight.shape[1] != columns or columns % RUN:
+        raise ValueError(
+            f"a weight of {weight.shape} is {found}: expected {expected}, and {columns} columns,"
+            f" a multiple of {RUN}"
+        )
+    if weight.codes.data_ptr() % 16 or weight.codes.device != x.device:
+        raise ValueError("codes must be 16-byte aligned and on the device of x")

@@ -15,10 +15,6 @@ from common.store import Store
 from feeder.arena import aligned
 from feeder.strategies.base import Strategy
 
-#: What an engine that has yet to start will take beside its residents: a CUDA context, the KV cache of
-#: a few thousand tokens, activations.
-ENGINE_BYTES = 1536 << 20
-
 
 @dataclass(frozen=True)
 class Request:
@@ -29,10 +25,13 @@ class Request:
     names: Sequence[str]
     cache: Cache
 
-    def capacity(self, strategy: Strategy, free_bytes: int) -> tuple[Capacity, str | None]:
+    def capacity(
+        self, strategy: Strategy, free_bytes: int, has: str = "the device has", short: str = ""
+    ) -> tuple[Capacity, str | None]:
         """The capacity, never more than was asked, and one line if it had to be cut to what is free.
 
-        MemoryShortageError, saying how much is needed, where not even one weight fits.
+        ``has``: what bounds ``free_bytes``, as a line can say it. MemoryShortageError, saying how
+        much is needed (``short``, if the caller knows it better), where not even one weight fits.
         """
         total = len(self.sizes)
         count = min(self.cache.count or total, total)
@@ -52,12 +51,15 @@ class Request:
             )
         if free_bytes < self.sizes[largest]:
             raise MemoryShortageError(
-                f"{format_bytes(max(0, free_bytes))} of device memory can be used for slots: {need}:"
+                short
+                or f"{format_bytes(max(0, free_bytes))} of device memory can be used for slots: {need}:"
                 " free device memory, or use another device"
             )
+        if asked > free_bytes and self.cache.auto:
+            return Capacity(count, free_bytes), None
         if asked > free_bytes:
             return Capacity(count, free_bytes), (
-                f"cache {self.cache} would take {format_bytes(asked)}; the device has"
+                f"cache {self.cache} would take {format_bytes(asked)}; {has}"
                 f" {format_bytes(free_bytes)} for slots: cut to that"
             )
         return Capacity(count, asked), None
@@ -104,10 +106,3 @@ def slot_sizes(store: Store, dtype: torch.dtype, formats: Sequence[str]) -> list
         aligned(slot_bytes(slot_format, entry.elements, dtype.itemsize))
         for entry, slot_format in zip(store.weights, formats, strict=True)
     ]
-
-
-def engine_reserve_bytes(store: Store, device: torch.device, engine_runs: bool) -> int:
-    """Device memory to leave to the engine. One that runs already has taken most of its share."""
-    if device.type == "cpu":
-        return 256 << 20
-    return 256 << 20 if engine_runs else ENGINE_BYTES + store.resident_bytes

@@ -39,7 +39,8 @@ class Subject:
     traffic: Traffic
     config: Mapping[str, Any]
     capacity: Capacity
-    all_fit: bool  # whether every weight would find a slot if the cache were -1
+    all_fit: bool  # whether every weight would find a slot if the cache allowed it
+    beside: str = ""  # what both processes take of the device beside the slots, part by part
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class Outlook:
             found = f.forecast(subject, make_strategy(strategy.spec or strategy.name), machine)
         of = (subject, strategy.name, self._around, found)
         told, warnings = plan_text.lines(*of), plan_text.warnings(*of)
+        if plan_only:
+            told.append(f"beside the slots: {subject.beside or 'nothing'}")
         told += [f"warning: {line}" for line in warnings]
         if not plan_only:
             for line in told:
@@ -77,6 +79,7 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         config=store.config,
         capacity=slots.capacity,
         all_fit=everything.size_bytes >= sum(slots.sizes),
+        beside=str(slots.footprint),
     )
 
 

@@ -55,7 +55,7 @@ def warnings(
     if subject.all_fit and (left_out or subject.capacity.size_bytes < sum(subject.sizes)):
         told.append(
             f"everything would fit: {format_bytes(sum(subject.sizes))} of slots for all"
-            f" {len(subject.sizes)} weights, and the cache leaves some out: give --cache -1"
+            f" {len(subject.sizes)} weights, and the cache leaves some out: leave --cache out"
         )
     pcie = around.pcie
     if pcie is not None and pcie.reduced:
@@ -84,6 +84,7 @@ def as_json(
         "slots": subject.capacity.count,
         "arena_bytes": subject.capacity.size_bytes,
         "all_fit": subject.all_fit,
+        "beside_slots": subject.beside,
         "device": around.device,
         "mps": around.mps,
         "measured": asdict(around.measured) if around.measured else None,

@@ -78,19 +78,19 @@ class StatusRequests:
 
 @dataclass
 class _Resize:
-    peer: bytes
-    strategy: Strategy
-    cache: Cache
-    slots: str
+    """``carry_out`` makes the new segment, and answers whoever asked for it."""
+
+    carry_out: Callable[[], Strategy]
     retiring: bool = False
 
 
 class SwapRequests:
-    """At most one swap at a time. ``waiting``: one waits for the slots to come back."""
+    """At most one new segment at a time. ``waiting``: one waits for the slots to come back."""
 
     def __init__(self, reply: Reply, scheduler: Scheduler, slots: SlotMemory) -> None:
         self._reply, self._scheduler, self._slots = reply, scheduler, slots
         self._resize: _Resize | None = None
+        self._shrink: tuple[int, Callable[[int], object]] | None = None  # waits for a swap
 
     @property
     def waiting(self) -> bool:
@@ -101,7 +101,7 @@ class SwapRequests:
         scheduler, slots = self._scheduler, self._slots
         try:
             if self._resize is not None:
-                raise UsageError("a swap is under way: try again when it is done")
+                raise UsageError("the slots are being changed already: try again when that is done")
             now = scheduler.strategy
             cache = Cache.parse(swap.cache) if swap.cache else slots.cache
             strategy = make_strategy(swap.strategy or now.spec or now.name)
@@ -115,20 +115,47 @@ class SwapRequests:
             return
         has = scheduler.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        if fits and not swap.cache and formats == slots.formats:
+        same = formats == slots.formats and not swap.cache
+        if same and (fits or cache.auto):
             slots.slots = kind
             scheduler.set_strategy(strategy)
-            self._done(peer)
+            self._done(peer, strategy)
             return
-        self._resize = _Resize(peer, strategy, cache, kind)
+        self._resize = _Resize(lambda: self._swap(peer, strategy, cache, kind))
         scheduler.drain()
+
+    def shrink(self, size_bytes: int, answer: Callable[[int], object]) -> None:
+        """The engine is short of so many bytes. ``answer`` is told how many it got, 0 if none."""
+        self._shrink = (size_bytes, answer)
+        self._begin_shrink()
+
+    def forget_engine(self) -> None:
+        """Nobody waits for a shrink any more that has not begun."""
+        self._shrink = None
+
+    def _begin_shrink(self) -> None:
+        if self._shrink is None or self._resize is not None:
+            return
+        (asked, answer), self._shrink = self._shrink, None
+        spare = self._slots.spare_bytes(asked)
+        if spare == 0:
+            answer(0)
+            return
+
+        def carry_out() -> Strategy:
+            self._slots.shrink(spare)
+            answer(spare)
+            return self._scheduler.strategy
+
+        self._resize = _Resize(carry_out)
+        self._scheduler.drain()
 
     def go_on(self, mapped: bool, retire: Callable[[], object]) -> bool:
         """Called when the loop has done its work: whether there is a new segment to export.
 
         ``mapped``: an engine still has the old one; ``retire`` tells it to unmap that.
         """
-        resize, slots = self._resize, self._slots
+        resize = self._resize
         if resize is None or not self._scheduler.drained:
             return False
         if mapped:
@@ -137,19 +164,23 @@ class SwapRequests:
                 retire()
             return False
         self._resize = None
-        refused = slots.replace(resize.strategy, resize.cache, resize.slots)
-        strategy = self._scheduler.strategy if refused else resize.strategy
-        self._scheduler.resize(slots.capacity, strategy, slots.sizes)
-        if refused:
-            self._reply(resize.peer, p.Failure("memory", refused))
-        else:
-            self._done(resize.peer)
+        strategy = resize.carry_out()
+        self._scheduler.resize(self._slots.capacity, strategy, self._slots.sizes)
+        self._begin_shrink()
         return True
 
-    def _done(self, peer: bytes) -> None:
-        capacity = self._scheduler.capacity
+    def _swap(self, peer: bytes, strategy: Strategy, cache: Cache, kind: str) -> Strategy:
+        refused = self._slots.replace(strategy, cache, kind)
+        if refused:
+            self._reply(peer, p.Failure("memory", refused))
+            return self._scheduler.strategy
+        self._done(peer, strategy)
+        return strategy
+
+    def _done(self, peer: bytes, strategy: Strategy) -> None:
+        capacity = self._slots.capacity
         text = (
-            f"strategy {self._scheduler.strategy.name}, {capacity.count} weights in"
+            f"strategy {strategy.name}, {capacity.count} weights in"
             f" {format_bytes(capacity.size_bytes)} of slots"
         )
         log.info("swapped: %s", text)

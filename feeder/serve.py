@@ -25,6 +25,7 @@ from common.process import Leash, SignalFlag, Terminated, watch
 from common.slots import Slot
 from common.wait import Pending, Wakeup
 from feeder.filler import Filler
+from feeder.footprint import Limits
 from feeder.host import HostStore
 from feeder.requests import StatusRequests, SwapRequests
 from feeder.scheduler import Fill, Grant, Revoke, Scheduler
@@ -62,10 +63,11 @@ class Feeder:
         strategy: Strategy,
         slots: str,
         verify: bool = False,
+        limits: Limits | None = None,
     ) -> None:
         """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes."""
         self.slots = SlotMemory(
-            host.store, memory, dtype, directory, cache, strategy, slots, filler.use_staging
+            host.store, memory, dtype, directory, cache, strategy, slots, filler.use_staging, limits
         )
         self.scheduler = Scheduler(
             self.slots.plan, self.slots.sizes, self.slots.capacity, strategy,
@@ -242,6 +244,8 @@ class Feeder:
                     self._engine.mapped = False
             case p.Status(fields):
                 self._status.answered(fields)
+            case p.Shrink(size_bytes):
+                self._swap.shrink(size_bytes, self._shrunk)
             case p.Goodbye(reason):
                 log.info("engine %d leaves: %s", self._engine.pid, reason)
                 self._forget_engine()
@@ -275,7 +279,7 @@ class Feeder:
                 pid=os.getpid(), store=str(self._store.path), fingerprint=self._store.fingerprint,
                 dtype=str(self.slots.dtype).removeprefix("torch."), device=self._memory.identity,
                 strategy=self.scheduler.strategy.name, cache=str(self.slots.cache),
-                verify=self._verifier is not None,
+                verify=self._verifier is not None, engine_bytes=self.slots.engine_bytes,
             )
         )  # fmt: skip
         if not self._swap.waiting:
@@ -308,6 +312,9 @@ class Feeder:
             return p.Failure("store", text)
         return None
 
+    def _shrunk(self, size_bytes: int) -> None:
+        self._send(p.Shrunk(size_bytes, self.slots.engine_bytes))
+
     def _export(self) -> None:
         if self._engine is not None:
             self._engine.mapped = True
@@ -332,4 +339,5 @@ class Feeder:
             os.close(self._engine.watch_fd)
             self._engine = None
             self._unsent.clear()
+            self._swap.forget_engine()
             self.scheduler.detach()

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from common import protocol as p
-from common.config import Cache
+from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError
-from common.formats import DEQUANTIZED, slot_bytes
+from common.formats import DEQUANTIZED, PACKED, slot_bytes
 from common.log import log
 from common.memory import Memory, Segment
 from common.plan import Capacity, Plan
-from common.process import MODEL_LOCK, Lock
+from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
-from feeder.budget import Request, engine_reserve_bytes, slot_formats, slot_sizes
+from feeder.budget import Request, slot_formats, slot_sizes
+from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 
 
 class SlotMemory:
     """One segment at a time. ``formats`` and ``sizes``: what each weight is in a slot, and its bytes;
-    ``cache`` and ``slots``: what was asked."""
+    ``cache`` and ``slots``: what was asked; ``footprint``: what is left to all that is not slots."""
 
     def __init__(
         self,
@@ -34,19 +36,23 @@ class SlotMemory:
         strategy: Strategy,
         slots: str,
         staging: Callable[[bool], None],
+        limits: Limits | None = None,
     ) -> None:
         """``staging`` is told, before memory is shared out, whether slots are to be dequantized into.
+        It allocates in ``memory``, and nobody else does.
 
         Raises MemoryShortageError where not even one weight fits.
         """
         self.store, self.memory, self.dtype, self.cache = store, memory, dtype, cache
         self.slots = slots
         self._staging = staging
-        self._directory = directory
+        self._directory, self._limits = directory, limits or Limits()
+        self._given_bytes = 0  # to the engine, beyond its share
         self.formats = slot_formats(store, slots, strategy)
         self.sizes = slot_sizes(store, dtype, self.formats)
         self.plan = Plan(tuple(range(len(store.weights))))
-        staging(DEQUANTIZED in self.formats)
+        self._stage(self.formats)
+        self.footprint = self._choose_footprint()
         self.capacity = self.fitting(strategy, cache, slots)
         self.segment_id = 0
         self._segment: Segment = memory.allocate(self.capacity.size_bytes)
@@ -58,15 +64,47 @@ class SlotMemory:
 
         ``instead``: as if the present segment were given up for it.
         """
-        engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
         free = self.memory.free_bytes() + (self._segment.size_bytes if instead else 0)
-        reserve = engine_reserve_bytes(self.store, self.memory.device, engine_runs)
+        room = self._room(replace(self.footprint, staging=self._staging_bytes), free)
+        names = [weight.name for weight in self.store.weights]
         sizes = slot_sizes(self.store, self.dtype, slot_formats(self.store, slots, strategy))
-        request = Request(self.plan, sizes, [w.name for w in self.store.weights], cache)
-        capacity, cut = request.capacity(strategy, free - reserve)
+        largest = max(range(len(names)), key=lambda weight: sizes[weight])
+        short = room.shortage(sizes[largest], names[largest])
+        request = Request(self.plan, sizes, names, cache)
+        capacity, cut = request.capacity(strategy, room.size_bytes, room.has, short)
         if cut and not instead:
             log.warning("%s", cut)
         return capacity
+
+    def _choose_footprint(self) -> Footprint:
+        """With passes as long as they can be if at least the largest weight is to have a slot."""
+        memory, free_bytes = self.memory, self.memory.free_bytes()
+        choices = footprints(
+            self.store, self.dtype, memory.device, self._limits, self._staging_bytes,
+            packed=PACKED in self.formats,
+        )  # fmt: skip
+        for footprint in choices:
+            if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):
+                break
+        return footprint
+
+    def _stage(self, formats: list[str]) -> None:
+        """There is no segment now: all that is allocated is the staging."""
+        self._staging(DEQUANTIZED in formats)
+        self._staging_bytes = self.memory.allocated
+
+    def _room(self, footprint: Footprint, free_bytes: int) -> Room:
+        if Lock.holder(self._directory / ENGINE_LOCK) is None:
+            self._given_bytes = 0  # the engine that got them is gone
+        engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
+        return slot_room(footprint, self._limits, free_bytes, engine_runs, self._given_bytes)
+
+    @property
+    def engine_bytes(self) -> int:
+        """What the engine may allocate for itself; 0 for whatever is free."""
+        if self._limits.vram_bytes is None:
+            return 0
+        return self.footprint.engine_bytes + self._given_bytes
 
     def data(self, weight: int, offset_bytes: int) -> torch.Tensor:
         """The bytes, uint8, of ``weight`` in the slot that begins at ``offset_bytes``."""
@@ -87,17 +125,35 @@ class SlotMemory:
         self._segment.close()
         self.segment_id += 1
         try:
-            self._staging(DEQUANTIZED in slot_formats(self.store, slots, strategy))
+            self._stage(slot_formats(self.store, slots, strategy))
             capacity = self.fitting(strategy, cache, slots)
             self._segment = self.memory.allocate(capacity.size_bytes)
         except MemoryShortageError as error:
-            self._staging(DEQUANTIZED in self.formats)
+            self._stage(self.formats)
             self._segment = self.memory.allocate(self.capacity.size_bytes)
             return f"{error}: cache and strategy stay as they were"
         self.capacity, self.cache, self.slots = capacity, cache, slots
         self.formats = slot_formats(self.store, slots, strategy)
         self.sizes = slot_sizes(self.store, self.dtype, self.formats)
         return ""
+
+    def spare_bytes(self, size_bytes: int) -> int:
+        """So many bytes of the segment, or as many as leave room for the largest weight."""
+        return min(size_bytes, self.capacity.size_bytes - max(self.sizes))
+
+    def shrink(self, size_bytes: int) -> None:
+        """A segment that is smaller by so many bytes, which are to be spare; no slot may be in use."""
+        has = self.capacity.size_bytes
+        smaller = has - size_bytes
+        self._segment.close()
+        self.segment_id += 1
+        self._segment = self.memory.allocate(smaller)
+        self.capacity = Capacity(self.capacity.count, smaller)
+        self._given_bytes += size_bytes
+        log.warning(
+            "the engine is short of device memory: slots shrink from %s to %s",
+            format_bytes(has), format_bytes(smaller),
+        )  # fmt: skip
 
     def close(self) -> None:
         self._segment.close()

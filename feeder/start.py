@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.config import Cache, format_bytes
-from common.errors import StoreError
+from common.config import Cache, format_bytes, parse_size
+from common.errors import StoreError, UsageError
 from common.log import log
 from common.memory import Memory, memory_for
 from common.process import (
@@ -25,6 +25,7 @@ from common.shared import SHM_DIRECTORY
 from common.store import Store
 from common.wait import Wakeup
 from feeder.filler import filler_for
+from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
 from feeder.outlook import Outlook
 from feeder.serve import Feeder
@@ -34,7 +35,7 @@ from feeder.strategies.registry import make_strategy
 def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     """Serve the store ``arguments.model`` until told to stop; with ``arguments.plan`` only say how
     that would be. Raises WeightFeederError."""
-    cache = Cache.parse(arguments.cache)
+    cache, limits = Cache.parse(arguments.cache), _limits(arguments)
     strategy = make_strategy(arguments.strategy)
     path = Path(arguments.model).resolve()  # an engine may be started elsewhere
     if not (path / "store.json").is_file() and (path / "config.json").is_file():
@@ -65,7 +66,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         filler = filler_for(host, memory, wakeup)
         feeder = Feeder(
             host, memory, filler, wakeup, directory, dtype, cache, strategy, arguments.slots,
-            arguments.verify,
+            arguments.verify, limits,
         )  # fmt: skip
         stack.callback(feeder.close)
         outlook.tell(
@@ -80,6 +81,13 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             format_bytes(capacity.size_bytes), str(dtype).removeprefix("torch."), memory.identity,
         )  # fmt: skip
         feeder.run(leash)
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    if arguments.context is not None and arguments.context < 1:
+        raise UsageError(f"--context {arguments.context}: expected a number of tokens, at least 1")
+    vram = None if arguments.vram is None else parse_size(arguments.vram)
+    return Limits(vram, arguments.context)
 
 
 def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:

@@ -76,5 +76,4 @@ def model(
 
 def build(engine: Engine, attention: str = "auto") -> Qwen2ForCausalLM:
     """The model whose Linears an engine's client feeds."""
-    device = engine.memory.device
-    return build_model(engine.store, engine.client, device, engine.dtype, attention)
+    return build_model(engine.store, engine.client, engine.memory, engine.dtype, attention)

@@ -70,7 +70,7 @@ def test_the_demo(room: Room, tmp_path: Path) -> None:
     assert quantized(ended)
     summary = summary_of(ended)
     told = (summary[name] for name in ("strategy", "cache", "device", "dtype", "prompts"))
-    assert [*told] == ["ring", "128", "cpu", "float32", 1]
+    assert [*told] == ["resident", "128", "cpu", "float32", 1]
     assert 90 < summary["tokens"] <= 107  # demo/README.md says so
 
     # Again, from the store that was kept, with a cache that holds few weights and a list.

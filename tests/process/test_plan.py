@@ -15,11 +15,12 @@ def test_the_plan_of_the_demo(room: Room) -> None:
     ended = room.launch("--plan", "--cache=-1", "--device=cpu").wait()
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
-    assert len(lines) == 3, ended.out
+    assert len(lines) == 4, ended.out
     assert "1.65 MB packed in 57 weights; CPU: dequantizer " in lines[0]
     assert "57 weights resident (1.65 MB packed), 0 weights streamed (0 B a token)" in lines[1]
     assert lines[2].startswith("about ") and " tok/s (" in lines[2]
     assert "; the limit is " in lines[2]
+    assert lines[3].startswith("beside the slots: ")
     assert "serving" not in ended.err  # nothing was served, and no engine was started
     assert "engine" not in ended.err
 
@@ -48,7 +49,7 @@ def test_the_plan_as_json(room: Room, demo_store: Path) -> None:
 
 
 def test_every_feeder_begins_with_its_plan(room: Room, demo_store: Path) -> None:
-    flags = ["--cache=12", "--slots=dequantized", "--device=cpu"]
+    flags = ["--cache=12", "--slots=dequantized", "--device=cpu", "--strategy=ring"]
     feeder = room.launch("--feeder-only", f"--model={demo_store}", *flags)
     feeder.until_said("feeder: serving")
     said = [line for line in feeder.err.splitlines() if line.startswith("feeder: ")]

@@ -65,6 +65,20 @@ def test_a_cache_is_cut_to_what_is_free(cache: str, free: int) -> None:
     assert cut.endswith(": cut to that")
 
 
+@pytest.mark.parametrize("free", [900, 901, 1599, 1600, 1 << 40])
+def test_auto_is_all_there_is_room_for_and_says_nothing(free: int) -> None:
+    for name in BUILT_IN:
+        found = request("auto").capacity(make_strategy(name), free * 512)
+        assert found == (Capacity(8, min(free, 1600) * 512), None)
+
+
+def test_who_has_too_little_is_said() -> None:
+    _, cut = request("-1").capacity(Ring(), 1000 * 512, has="--vram gives", short="no room at all")
+    assert cut == "cache -1 would take 819 kB; --vram gives 512 kB for slots: cut to that"
+    with pytest.raises(MemoryShortageError, match="^no room at all$"):
+        request("-1").capacity(Ring(), 899 * 512, has="--vram gives", short="no room at all")
+
+
 def test_exactly_what_is_free_is_not_cut() -> None:
     assert request("1").capacity(Ring(), 900 * 512) == (Capacity(1, 900 * 512), None)
 

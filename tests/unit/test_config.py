@@ -56,6 +56,8 @@ def test_bad_sizes_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "cache", "printed"),
     [
+        ("auto", Cache(auto=True), "auto"),
+        (" Auto ", Cache(auto=True), "auto"),
         ("1", Cache(count=1), "1"),
         ("128", Cache(count=128), "128"),
         (" 7 ", Cache(count=7), "7"),

@@ -143,7 +143,7 @@ def test_nothing_to_warn_of() -> None:
 def test_everything_would_fit() -> None:
     (line,) = warned(subject(6, all_fit=True))
     assert line.startswith("everything would fit: 671 MB of slots for all 20 weights")
-    assert line.endswith("give --cache -1")
+    assert line.endswith("leave --cache out")
 
 
 def test_a_link_that_is_slower_than_the_card() -> None:

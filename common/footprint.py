@@ -1,0 +1,67 @@
+"""What a model takes in device memory beside its weights: KV cache and activations, from its config.
+
+Arithmetic on a parsed config, shared by the feeder, which plans with it, and the engine, which splits
+a long prompt by it. Knows no torch and no device. Sizes are of one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.qwen2 import attention_widths
+
+#: What cuBLAS takes once, for good, however short the passes: two workspaces of 32 MiB.
+WORKSPACE_BYTES = 64 << 20
+#: Of packed weights the engine dequantizes so much at once: the largest matrix of a 32B model,
+#: 27648 x 5120, as bf16 270 MiB.
+SCRATCH_ELEMENTS = 27648 * 5120
+#: A prompt is split into passes of whole multiples of this; shorter ones would not use the device.
+PASS_STEP = 256
+DEFAULT_CONTEXT = 32768  # transformers' own for a config that names none
+
+
+def model_context(config: dict[str, Any]) -> int:
+    """The most tokens that the model takes."""
+    return int(config.get("max_position_embeddings") or DEFAULT_CONTEXT)
+
+
+def kv_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
+    """Keys and values of ``tokens`` tokens in all layers."""
+    _, key_value = attention_widths(config)
+    return 2 * int(config["num_hidden_layers"]) * key_value * tokens * itemsize
+
+
+def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
+    """The most that a pass of ``tokens`` tokens has allocated at once, KV cache left out.
+
+    Counts the tensors that live together in transformers' Qwen2 with an attention that makes no
+    matrix of scores. Logits are of the last token only, as ``generate`` asks for them.
+    """
+    hidden, middle = int(config["hidden_size"]), int(config["intermediate_size"])
+    query, key_value = attention_widths(config)
+    mlp = 3 * middle * itemsize  # act(gate), up and their product
+    # q, k, v, both rotated, in halves and sums; then keys and values once more as they are appended
+    attention = (6 * query + 8 * key_value) * itemsize
+    norm = 3 * hidden * 4  # computed in float32
+    stream = 2 * hidden * itemsize  # the residual and what the block was given
+    logits = 8 * int(config["vocab_size"]) * 4  # in float32, sorted and summed up by the sampling
+    return tokens * (max(mlp, attention, norm) + stream) + logits
+
+
+def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: int) -> int:
+    """How many of a prompt's ``tokens`` one pass can take in ``room_bytes``, KV cache of the whole
+    prompt included. Never less than ``PASS_STEP``: who runs out of memory then needs more of it."""
+    room_bytes -= kv_bytes(config, tokens, itemsize)
+    if activation_bytes(config, tokens, itemsize) <= room_bytes:
+        return tokens
+    fixed = split_bytes(config, tokens, 0, itemsize)
+    step = split_bytes(config, tokens, PASS_STEP, itemsize) - fixed
+    return min(tokens, max(1, (room_bytes - fixed) // step) * PASS_STEP)
+
+
+def split_bytes(config: dict[str, Any], tokens: int, chunk: int, itemsize: int) -> int:
+    """As `activation_bytes`, for a pass of ``chunk`` of a prompt's ``tokens``, the others before it:
+    its attention has a mask, and then torch wants keys and values for every head."""
+    query, _ = attention_widths(config)
+    mask = chunk * tokens * (1 + itemsize)
+    return activation_bytes(config, chunk, itemsize) + mask + 2 * tokens * query * itemsize

@@ -1,0 +1,115 @@
+"""What happens when device memory is short: prompts are split, the feeder is asked for some of its slots'.
+
+Nothing of this changes the text, but for the rounding of a prompt that is taken in several passes.
+Knows transformers' cache of keys and values, and nothing of slots.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from common.config import parse_size
+from common.errors import MemoryShortageError, UsageError
+from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens, split_bytes
+from common.log import log
+from common.memory import Memory
+from engine.client import WeightClient
+
+ATTEMPTS = 4
+LEAST_BYTES = 512 << 20  # a shrink empties all slots once: not for less
+#: A prompt that is longer than planned takes slots' memory for passes of so many tokens, not of more:
+#: what slots lose they lose for good, while another pass streams the store once.
+LONG_PROMPT_PASS = 4 * PASS_STEP
+
+
+class MemoryKeeper:
+    """Looks after one model's memory. From its making on a pass that runs out of it is made again."""
+
+    def __init__(self, model: PreTrainedModel, client: WeightClient, memory: Memory) -> None:
+        self._client, self._memory = client, memory
+        self._config = model.config.to_dict()
+        self._itemsize = model.dtype.itemsize
+        self._forward = model.forward
+
+        @functools.wraps(model.forward)  # ``generate`` looks at its signature
+        def forward(*arguments: Any, **named: Any) -> Any:
+            return self._survive(*arguments, **named)
+
+        model.forward = forward
+
+    def chunk(self, tokens: int) -> int | None:
+        """How many of a prompt's ``tokens`` a pass may take; None if all of them. Slots give what the
+        prompt needs and the engine has not."""
+        config, itemsize = self._config, self._itemsize
+        least = kv_bytes(config, tokens, itemsize)
+        whole = activation_bytes(config, tokens, itemsize)
+        least += min(whole, split_bytes(config, tokens, LONG_PROMPT_PASS, itemsize))
+        missing = least - self._memory.room_bytes()
+        if missing > 0:
+            self._client.shrink(max(missing, LEAST_BYTES))
+        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes())
+        if found >= tokens:
+            return None
+        log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
+        return found
+
+    def _survive(self, *arguments: Any, **named: Any) -> Any:
+        """The model's forward pass, again and again until memory suffices."""
+        cache = named.get("past_key_values")
+        length = 0 if cache is None else cache.get_seq_length()
+        attempt = 0
+        while True:
+            try:
+                return self._forward(*arguments, **named)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Not in the except clause: until it ends, the traceback holds the tensors of the pass.
+            if attempt == ATTEMPTS or (cache is not None and not _roll_back(cache, length)):
+                raise shortage(reason)
+            if self._memory.device.type == "cuda":
+                torch.cuda.empty_cache()
+            wanted = max(LEAST_BYTES, failed_bytes(reason)) << attempt
+            if not self._client.shrink(wanted):
+                raise shortage(reason)
+            attempt += 1
+
+
+def shortage(reason: str) -> MemoryShortageError:
+    """The one line for a run that ends for want of memory. ``reason``: torch's own words."""
+    first, second = [*reason.split(". "), "", ""][:2]
+    reason = f"{first}. {second}" if second.startswith("Tried to allocate") else first
+    return MemoryShortageError(
+        f"the engine is out of device memory ({reason.rstrip('.')}) and the slots cannot make room:"
+        " give a shorter prompt, more --vram, or a device with more memory"
+    )
+
+
+def failed_bytes(reason: str) -> int:
+    """How much torch tried to allocate, by its error's words; 0 if they do not say."""
+    found = re.search(r"Tried to allocate ([\d.]+ [A-Za-z]+)", reason)
+    try:
+        return parse_size(found[1]) if found else 0
+    except UsageError:
+        return 0
+
+
+def _roll_back(cache: Any, length: int) -> bool:
+    """Drop what a pass that failed half-way has added; whether that can be done."""
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name, None)
+            if states is None or not states.numel() or states.shape[-2] <= length:
+                continue
+            kept = states[..., :length, :]
+            setattr(
+                layer, name, kept if length else kept.clone()
+            )  # an empty view would hold it all
+    return True

@@ -1,0 +1,340 @@
+"""One token through a Qwen2 by fused kernels: a layer is four products and one attention.
+
+Replaces transformers' forward for decoding with packed weights on CUDA: the same mathematics, with
+activations in fp32 between the products. Weights are acquired as everywhere; what is not granted together,
+or not packed, is multiplied one by one. While every weight stays (standing grants), the whole token is one
+CUDA graph: no message, no allocation, one launch. A revoked grant drops the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+from transformers import DynamicCache
+
+from common.formats import PACKED
+from engine.cache import PastLayer
+from engine.client import WeightClient
+from engine.ledger import Lease
+from engine.linear import FedLinear
+from engine.one_token import GLU, PLAIN, RESIDUAL, attention_kernel, begin_kernel, glu_kernel
+from engine.w4a16 import Epilogue, Scratch, multiply_one
+
+BEGIN_SIZE = 128
+MAX_CHUNKS = 32
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose tables do not depend on the length
+
+
+@dataclass
+class _Layer:
+    """What a layer's step needs beside its weights."""
+
+    attention: list[FedLinear]  # q, k, v
+    out: FedLinear
+    gated: list[FedLinear]  # gate, up
+    down: FedLinear
+    bias: torch.Tensor | None  # of q, k and v
+    norm: torch.Tensor  # before attention
+    norm_mlp: torch.Tensor
+
+
+def supports(model: Any) -> str:
+    """"" if the model can be stepped through, else the reason why not."""
+    config = model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    checks = [
+        (model.device.type == "cuda", "it is not on a GPU"),
+        (model.dtype in (torch.bfloat16, torch.float16), f"its dtype is {model.dtype}"),
+        (config.hidden_act == "silu", f"its activation is {config.hidden_act}"),
+        (dim in (32, 64, 128, 256), f"its heads have {dim} elements"),
+        (rope in ROPE_TYPES, f"its rotary embedding is {rope}"),
+        (not getattr(config, "use_sliding_window", False), "it uses a sliding window"),
+        (config.hidden_size % BEGIN_SIZE == 0, f"its hidden size is {config.hidden_size}"),
+        (config.intermediate_size % BEGIN_SIZE == 0, f"its width is {config.intermediate_size}"),
+    ]
+    return next((reason for good, reason in checks if not good), "")
+
+
+class Step:
+    """The step of one model. One stream, one thread."""
+
+    def __init__(self, model: Any, client: WeightClient) -> None:
+        self._model, self._client = model, client
+        config, device = model.config, model.device
+        self._config, self._device, self._dtype = config, device, model.dtype
+        self._dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
+        self._layers = [_layer(layer) for layer in model.model.layers]
+        self._linears = [
+            linear
+            for layer in self._layers
+            for linear in (*layer.attention, layer.out, *layer.gated, layer.down)
+        ]
+        self._head = model.lm_head
+        if isinstance(self._head, FedLinear):
+            self._linears.append(self._head)
+        self._pdl = torch.cuda.get_device_capability(device)[0] >= 9
+        self._scratch = Scratch(device)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        width = self._heads * self._dim
+        self._hidden = torch.zeros(hidden, dtype=torch.float32, device=device)
+        self._qkv = self._vector((self._heads + 2 * self._kv) * self._dim)
+        self._pair = self._vector(2 * inner)
+        self._planes = torch.zeros((9, hidden // 8), dtype=torch.float32, device=device)
+        self._planes_out = torch.zeros((9, width // 8), dtype=torch.float32, device=device)
+        self._planes_inner = torch.zeros((9, inner // 8), dtype=torch.float32, device=device)
+        self._sums = self._vector(hidden // 8)
+        self._sum_count = 0
+        self._counters = torch.zeros(self._kv, dtype=torch.int32, device=device)
+        padded = max(16, triton.next_power_of_2(self._heads // self._kv))
+        self._padded = padded
+        self._partial = self._vector(self._kv * MAX_CHUNKS * padded * (self._dim + 2))
+        vocabulary = config.vocab_size
+        self._logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
+        self._position = torch.zeros(1, dtype=torch.int32, device=device)
+        self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._held: dict[int, Lease] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_of: tuple[int, ...] = ()
+        self._warm = False
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the last token was one launch."""
+        return self._graph is not None
+
+    def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """The logits, fp32 [1, vocabulary], of the token that follows ``token`` [1, 1], whose keys and
+        values are added to ``cache``. The result is overwritten by the next call."""
+        length = cache.get_seq_length()
+        layers = [layer for layer in cache.layers if isinstance(layer, PastLayer)]
+        if length + 1 > layers[0].capacity:
+            raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
+        self._token.copy_(token)
+        self._position.fill_(length)
+        self._prepare(layers)
+        if self._warm and self._hold():
+            self._replay(layers)
+        else:
+            self._run(layers)
+            self._warm = True
+        for layer in layers:
+            layer.set_length(length + 1)
+        return self._logits
+
+    def rest(self) -> None:
+        """No token is wanted for a while: give back what the graph holds."""
+        self._drop()
+
+    # The graph ---------------------------------------------------------------------------------
+
+    def _hold(self) -> bool:
+        """Whether every weight is here to stay; if so, hold it. Takes what the feeder has said."""
+        if self._held:
+            if not self._client.recalled(self._held.values()):
+                return True
+            self._drop()
+            return False
+        leases = self._client.try_hold([linear.weight_index for linear in self._linears])
+        if leases is None:
+            return False
+        if any(lease.grant.format != PACKED for lease in leases):
+            for lease in leases:
+                self._client.release(lease)
+            return False
+        self._held = {lease.grant.weight: lease for lease in leases}
+        return True
+
+    def _drop(self) -> None:
+        held, self._held = list(self._held.values()), {}
+        self._graph = None
+        for lease in held:  # their last reader is queued: they go back when it is complete
+            self._client.release(lease)
+
+    def _replay(self, layers: Sequence[PastLayer]) -> None:
+        memory = tuple(layer.memory[0].data_ptr() for layer in layers if layer.memory is not None)
+        if self._graph is None or memory != self._graph_of:
+            self._graph = torch.cuda.CUDAGraph()
+            # The keeper of the client may ask after events meanwhile: that is no part of this.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._run(layers)
+            self._graph_of = memory
+        self._client.used(len(self._linears))
+        self._graph.replay()
+
+    # The token ---------------------------------------------------------------------------------
+
+    def _run(self, layers: Sequence[PastLayer]) -> None:
+        model = self._model.model
+        embedded = model.embed_tokens(self._token).view(-1)
+        self._begin(embedded, self._layers[0].norm)
+        for index, (layer, past) in enumerate(zip(self._layers, layers, strict=True)):
+            last = index + 1 == len(self._layers)
+            after = model.norm.weight if last else self._layers[index + 1].norm
+            self._multiply(layer.attention, self._planes, layer.bias, self._qkv, norm=True)
+            self._attend(past)
+            self._add(layer.out, self._planes_out, layer.norm_mlp)
+            self._gate(layer.gated)
+            self._add(layer.down, self._planes_inner, after)
+        if isinstance(self._head, FedLinear):
+            self._multiply([self._head], self._planes, None, self._logits.view(-1), norm=True)
+        else:
+            x = self._dense(self._planes, norm=True)
+            self._logits.copy_(nn.functional.linear(x, self._head.weight))
+
+    def _multiply(
+        self,
+        linears: list[FedLinear],
+        planes: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        norm: bool,
+    ) -> None:
+        """y = W x + bias for weights that share x, in one launch if that can be."""
+        sums = self._sums[: self._sum_count] if norm else None
+        epilogue = Epilogue(int(PLAIN), sums, self._config.rms_norm_eps, pdl=self._pdl)
+        leases = self._try(linears)
+        if leases is not None:
+            multiply_one(planes, _packed(linears, leases), bias, y, self._scratch, epilogue)
+            self._release(leases)
+            return
+        first = 0
+        for linear in linears:
+            lease = self._client.acquire(linear.weight_index)
+            part = y[first : first + linear.out_features]
+            part_bias = None if bias is None else bias[first : first + linear.out_features]
+            if lease.grant.format == PACKED:
+                packed = _packed([linear], [lease])
+                multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
+            else:
+                part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
+            self._release([lease])
+            first += linear.out_features
+
+    def _add(self, linear: FedLinear, planes: torch.Tensor, norm: torch.Tensor) -> None:
+        """hidden += W x, and the next x."""
+        lease = self._lease(linear)
+        if lease.grant.format == PACKED:
+            epilogue = Epilogue(
+                int(RESIDUAL), hidden=self._hidden, norm=norm, planes=self._planes,
+                next_sums=self._sums, pdl=self._pdl,
+            )  # fmt: skip
+            packed = _packed([linear], [lease])
+            self._sum_count = multiply_one(planes, packed, None, None, self._scratch, epilogue)
+        else:
+            y = linear.multiply(self._dense(planes, norm=False), lease)
+            self._begin(self._hidden + y.view(-1), norm)
+        self._release([lease])
+
+    def _gate(self, linears: list[FedLinear]) -> None:
+        """silu(gate x) * (up x)."""
+        leases = self._try(linears)
+        if leases is None:
+            self._multiply(linears, self._planes, None, self._pair, norm=True)
+            gate, up = self._pair.chunk(2)
+            grid = (gate.numel() // BEGIN_SIZE,)
+            glu_kernel[grid](gate, up, self._planes_inner, gate.numel(), SIZE=BEGIN_SIZE, num_warps=1)
+            return
+        epilogue = Epilogue(
+            int(GLU), self._sums[: self._sum_count], self._config.rms_norm_eps,
+            planes=self._planes_inner, pdl=self._pdl,
+        )  # fmt: skip
+        packed = _packed(linears, leases)
+        multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
+        self._release(leases)
+
+    def _attend(self, past: PastLayer) -> None:
+        assert past.memory is not None and self._tables is not None
+        chunk = 64
+        while past.capacity > chunk * MAX_CHUNKS:
+            chunk *= 2
+        chunks = triton.cdiv(past.capacity, chunk)
+        attention_kernel[(self._kv, chunks)](
+            self._qkv, *self._tables, *past.memory, self._position, self._planes_out, self._partial,
+            self._counters, past.capacity, self._dim**-0.5,
+            HEADS=self._heads, GROUP=self._heads // self._kv, PADDED=self._padded, DIM=self._dim,
+            CHUNK=chunk, CHUNKS=MAX_CHUNKS, KV=self._kv, PDL=self._pdl, num_warps=4,
+            launch_pdl=self._pdl,
+        )  # fmt: skip
+
+    def _begin(self, x: torch.Tensor, norm: torch.Tensor) -> None:
+        count = x.numel() // BEGIN_SIZE
+        begin_kernel[(count,)](
+            x, norm, self._hidden, self._planes, self._sums, x.numel(), SIZE=BEGIN_SIZE, num_warps=1
+        )
+        self._sum_count = count
+
+    def _dense(self, planes: torch.Tensor, norm: bool) -> torch.Tensor:
+        """x [1, K] in the model's dtype, gathered from its planes."""
+        x = planes[:8].t().reshape(1, -1)
+        if norm:
+            mean = self._sums[: self._sum_count].sum() / x.numel()
+            x = x * torch.rsqrt(mean + self._config.rms_norm_eps)
+        return x.to(self._dtype)
+
+    # Leases ------------------------------------------------------------------------------------
+
+    def _try(self, linears: list[FedLinear]) -> list[Lease] | None:
+        """The leases of all, if all are granted now and packed."""
+        if self._held:
+            return [self._held[linear.weight_index] for linear in linears]
+        leases = self._client.try_acquire([linear.weight_index for linear in linears])
+        if leases is not None and any(lease.grant.format != PACKED for lease in leases):
+            self._release(leases)
+            return None
+        return leases
+
+    def _lease(self, linear: FedLinear) -> Lease:
+        if self._held:
+            return self._held[linear.weight_index]
+        return self._client.acquire(linear.weight_index)
+
+    def _release(self, leases: Sequence[Lease]) -> None:
+        if not self._held:
+            for lease in leases:
+                self._client.release(lease)
+
+    # Memory ------------------------------------------------------------------------------------
+
+    def _vector(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.float32, device=self._device)
+
+    def _prepare(self, layers: Sequence[PastLayer]) -> None:
+        """Rotary tables for every position that the cache has room for."""
+        capacity = layers[0].capacity
+        if self._tables is not None and self._tables[0].shape[0] >= capacity:
+            return
+        positions = torch.arange(capacity, device=self._device)[None]
+        sample = torch.empty(0, dtype=self._dtype, device=self._device)
+        cosines, sines = self._model.model.rotary_emb(sample, positions)
+        self._tables = (cosines[0].contiguous(), sines[0].contiguous())
+        self._graph = None
+
+
+def _layer(layer: Any) -> _Layer:
+    attention = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    biases = [linear.bias for linear in attention]
+    bias = None if any(b is None for b in biases) else torch.cat([b.data for b in biases])
+    return _Layer(
+        attention=attention,
+        out=layer.self_attn.o_proj,
+        gated=[layer.mlp.gate_proj, layer.mlp.up_proj],
+        down=layer.mlp.down_proj,
+        bias=bias,
+        norm=layer.input_layernorm.weight,
+        norm_mlp=layer.post_attention_layernorm.weight,
+    )
+
+
+def _packed(linears: Sequence[FedLinear], leases: Sequence[Lease]) -> list[Any]:
+    return [
+        lease.packed((linear.out_features, linear.in_features))
+        for linear, lease in zip(linears, leases, strict=True)
+    ]
