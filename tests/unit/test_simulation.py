@@ -6,7 +6,10 @@ from collections.abc import Collection
 
 import pytest
 
+from common.blocks import packed_bytes
 from common.plan import Capacity, Plan
+from feeder import filler
+from feeder import simulation as simulated
 from feeder.scheduler import Scheduler
 from feeder.simulate import load_shape
 from feeder.simulation import (
@@ -48,6 +51,11 @@ def hardware(
     staging_bytes: int = 0,
 ) -> Hardware:
     return Hardware(link, device, engine_s, handover_s, matmul, staging_bytes)
+
+
+def test_the_simulated_filler_is_the_real_one() -> None:
+    assert simulated.STAGING_BYTES == filler.STAGING_BYTES
+    assert packed_bytes(filler.PIECE_ELEMENTS) == PIECE_BYTES
 
 
 def test_traffic_of_both_formats() -> None:
