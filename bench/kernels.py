@@ -27,7 +27,15 @@ from bench.ceilings import device_bytes_per_s
 from bench.record import finish
 from common.blocks import code_bytes, packed_bytes, scale_count
 from engine.packed import Packed
-from engine.w4a16 import Config, Scratch, multiply, spread
+from engine.w4a16 import (
+    Epilogue,
+    OneTokenCut,
+    Scratch,
+    TokensCut,
+    multiply_one,
+    multiply_tokens,
+    spread,
+)
 
 #: Rows of the weights that share an input, and columns: those of a 32B model, and parts of them.
 SHAPES: dict[str, tuple[list[int], int]] = {
@@ -80,21 +88,38 @@ def graph_us(calls: list[Callable[[], object]], replays: int = 5) -> float:
     return min(times[1:])
 
 
-def configs(tokens: int, rows: list[int], columns: int) -> Iterable[Config]:
+Cut = OneTokenCut | TokensCut
+
+
+def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     """What is tried."""
     total = sum(rows)
-    for split in (1, 2, 4, 8, 16):
-        if tokens == 1:
-            for size, runs, warps in itertools.product((32, 64, 128, 256), (1, 2), (2, 4, 8)):
-                if (
-                    4 <= size * runs * 16 // (warps * 32) <= 64
-                    and 264 <= total // size * split <= 8000
-                ):
-                    yield Config(size, runs, split, warps)
-        else:
-            for size, warps, stages in itertools.product((32, 64, 128), (2, 4), (3, 4, 6)):
-                if 264 <= total // size * split <= 8000:
-                    yield Config(size, 1, split, warps, stages)
+    if tokens == 1:
+        tried = itertools.product((8, 16, 32), (1, 2, 4, 8), (2, 4, 8), (False, True), (1, 2, 4, 8))
+        for tile, runs, warps, deep, split in tried:
+            words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile
+            programs = total // (2 * tile) * split
+            if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
+                yield OneTokenCut(tile, runs, split, warps, deep)
+        return
+    tried = itertools.product((32, 64, 128), (2, 4), (3, 4, 6), (1, 2, 4, 8, 16))
+    for size, warps, stages, split in tried:
+        if 264 <= total // size * split <= 8000:
+            yield TokensCut(size, split, warps, stages)
+
+
+def product(
+    tokens: int, planes: torch.Tensor, y: torch.Tensor, scratch: Scratch, weights: list[Packed],
+    cut: Cut | None = None,
+) -> None:  # fmt: skip
+    """One launch."""
+    if tokens == 1:
+        assert cut is None or isinstance(cut, OneTokenCut)
+        pdl = torch.cuda.get_device_capability()[0] >= 9
+        multiply_one(planes, weights, None, y, scratch, Epilogue(pdl=pdl), cut)
+    else:
+        assert cut is None or isinstance(cut, TokensCut)
+        multiply_tokens(planes, tokens, weights, None, y, scratch, cut)
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,21 +139,22 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         for tokens in arguments.tokens:
             x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
             scratch = Scratch(x.device)
-            scratch.hold(1 << 22, 1 << 16)
+            scratch.hold(1 << 23, 1 << 16)
             planes = spread(x)
+            y = torch.empty((tokens, sum(rows)), dtype=torch.bfloat16, device="cuda")
             results = []
-            for config in configs(tokens, rows, columns):
+            for cut in cuts(tokens, rows, columns):
                 try:
                     calls = [
-                        partial(multiply, x, weights, None, scratch, config, planes)
+                        partial(product, tokens, planes, y, scratch, weights, cut)
                         for weights in copies
                     ]
-                    results.append((graph_us(calls), config))
+                    results.append((graph_us(calls), cut))
                 except Exception as error:  # too much shared memory, mostly
-                    print(name, tokens, config, repr(error)[:200], file=sys.stderr)
+                    print(name, tokens, cut, repr(error)[:200], file=sys.stderr)
             results.sort(key=lambda result: result[0])
             found[f"{name} x{tokens}"] = [
-                {"us": us, "GB/s": size / us / 1000, **asdict(config)} for us, config in results[:6]
+                {"us": us, "GB/s": size / us / 1000, **asdict(cut)} for us, cut in results[:6]
             ]
             best = found[f"{name} x{tokens}"][:3]
             print(name, tokens, [(round(b["us"], 1), round(b["GB/s"]), *list(b.values())[2:]) for b in best],
@@ -139,24 +165,26 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 def compile_share(arguments: argparse.Namespace) -> None:
     """Run a share of all configurations once."""
     index, total = map(int, arguments.share.split("/"))
-    work = []
-    seen = set()
+    work, seen = [], set()
     for rows, columns in SHAPES.values():
         for tokens in arguments.tokens:
-            for config in configs(tokens, rows, columns):
-                key = (tokens == 1, len(rows), config)
+            for cut in cuts(tokens, rows, columns):
+                key = (tokens == 1, len(rows), cut)
                 if key not in seen:
                     seen.add(key)
-                    work.append((rows, columns, tokens, config))
+                    work.append((rows, columns, tokens, cut))
     scratch = Scratch(torch.device("cuda"))
-    scratch.hold(1 << 22, 1 << 16)
-    made: dict[tuple[int, ...], list[Packed]] = {}
-    for rows, columns, tokens, config in work[index::total]:
-        weights = made.setdefault((*rows, columns), None) or make(rows, columns)  # type: ignore[arg-type]
-        made[(*rows, columns)] = weights
-        x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
+    scratch.hold(1 << 23, 1 << 16)
+    made: dict[str, list[Packed]] = {}
+    for rows, columns, tokens, cut in work[index::total]:
+        name = f"{rows} {columns}"
+        if name not in made:
+            made.clear()
+            made[name] = make(rows, columns)
+        planes = spread(torch.randn(tokens, columns, device="cuda").to(torch.bfloat16))
+        y = torch.empty((tokens, sum(rows)), dtype=torch.bfloat16, device="cuda")
         try:
-            multiply(x, weights, None, scratch, config)
+            product(tokens, planes, y, scratch, made[name], cut)
         except Exception:
             pass  # said when it is timed
 
@@ -175,9 +203,9 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
         for tokens in arguments.tokens:
             x = torch.randn(tokens, columns, device="cuda").to(torch.bfloat16)
             scratch = Scratch(x.device)
-            scratch.hold(1 << 22, 1 << 16)
             planes = spread(x)
-            ours = graph_us([partial(multiply, x, w, None, scratch, planes=planes) for w in copies])
+            y = torch.empty((tokens, total), dtype=torch.bfloat16, device="cuda")
+            ours = graph_us([partial(product, tokens, planes, y, scratch, w) for w in copies])
             tiny = torch.ops.aten._weight_int4pack_mm
             tinygemm = graph_us([partial(tiny, x, w[0], 128, w[1]) for w in others])
             cublas = graph_us([partial(torch.nn.functional.linear, x, w) for w in dense])

@@ -100,6 +100,11 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"
         ),
         parser.add_argument(
+            "--no-step",
+            action="store_true",
+            help="transformers' forward pass for every token, no fused step and no CUDA graph",
+        ),
+        parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"
         ),
     ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, InternalError, WeightFeederError
-from common.log import setup
+from common.log import log, setup
 from common.process import Leash, Terminated, TerminatedNow
 
 
@@ -35,6 +36,24 @@ def run_process(name: str, verbose: bool, work: Callable[[Leash], None]) -> int:
         traceback.print_exc()
         _tell(leash, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}")
         return EXIT_ERROR
+
+
+def at_last(work: Callable[[], object]) -> Callable[..., bool]:
+    """For ``ExitStack.push``: does ``work`` at the end. What goes wrong there, when something went
+    wrong before, is only logged: the first cause is what ends the process."""
+
+    def leave(
+        kind: type[BaseException] | None, first: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        try:
+            work()
+        except Exception as error:
+            if first is None:
+                raise
+            log.warning("and while ending: %s", " ".join(str(error).split()) or repr(error))
+        return False
+
+    return leave
 
 
 def _tell(leash: Leash, text: str) -> None:

@@ -10,16 +10,20 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import socket
 import stat
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from common.errors import ConfigError, PeerError, UsageError, WeightFeederError
+from common.log import log
 from common.wait import Wakeup
 
 #: Names the descriptor that a launcher hands to the processes it starts.
@@ -73,9 +77,19 @@ def _require_private(directory: Path) -> None:
         )
 
 
+def _is_private(directory: Path) -> bool:
+    try:
+        _require_private(directory)
+    except (ConfigError, OSError):
+        return False
+    return True
+
+
 def remove_run_directory(directory: Path) -> None:
-    """Remove the directory, and the one above, if nobody has anything in them."""
+    """Remove the directory, and the one above, if they are ours and nobody has anything in them."""
     for path in (directory, directory.parent):
+        if not _is_private(path):
+            return
         try:
             path.rmdir()
         except OSError:
@@ -83,7 +97,10 @@ def remove_run_directory(directory: Path) -> None:
 
 
 def clear_run_directory(directory: Path) -> None:
-    """Remove what killed processes left in it. What belongs to a living one stays."""
+    """Remove what killed processes left in it. What belongs to a living one stays, and everything in
+    a directory that is not private to this user (root could remove it all the same)."""
+    if not (_is_private(directory.parent) and _is_private(directory)):
+        return
     for role in ("feeder", "engine", "model"):
         path = directory / f"{role}.lock"
         if not path.exists():
@@ -244,6 +261,30 @@ class Leash:
     @property
     def fd(self) -> int | None:
         return self._socket.fileno() if self._socket else None
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """While the main thread is busy and polls nothing: the launcher's end ends it by SIGTERM."""
+        fd = self.fd
+        if fd is None:
+            yield
+            return
+        done = Wakeup()
+
+        def watch_launcher() -> None:
+            ready, _, _ = select.select([fd, done.fd], [], [])
+            if done.fd not in ready:
+                log.error("the launcher is gone")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=watch_launcher, name="leash", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            done.close()
 
     def report(self, text: str) -> bool:
         """Tell the launcher what went wrong; False if there is none, and the user must be told."""

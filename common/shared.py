@@ -91,14 +91,24 @@ def available_host_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
+    return min(available, container_bytes(Path("/sys/fs/cgroup")))
+
+
+def container_bytes(cgroup: Path) -> int:
+    """What the limit of ``cgroup`` (version 2) leaves; endless if it sets none. The page cache counts
+    as used there, but gives way: a store that was read lately must not look like a shortage."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, int(limit) - used)
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit == "max":
+            return 1 << 62
+        used = int((cgroup / "memory.current").read_text())
+        for line in (cgroup / "memory.stat").read_text().splitlines():
+            name, _, size = line.partition(" ")
+            if name in ("active_file", "inactive_file"):
+                used -= int(size)
+        return int(limit) - used
     except (OSError, ValueError):
-        pass  # no cgroup of version 2: nothing more is known
-    return available
+        return 1 << 62  # no cgroup of version 2: nothing more is known
 
 
 def require_host_memory(size_bytes: int, label: str) -> None:

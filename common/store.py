@@ -32,7 +32,7 @@ from common.strict_json import read_object
 if TYPE_CHECKING:
     import torch
 
-READ_BYTES = 32 << 20  # at once: between two reads a thread can be told to stop
+READ_BYTES = 8 << 20  # at once: between two reads a thread can be told to stop
 
 __all__ = [
     "FORMAT_VERSION",
@@ -118,12 +118,17 @@ class Store:
         return codes, self._read(entry.file, f"{entry.name}.scales")
 
     def read_weight_into(
-        self, entry: WeightEntry, codes: torch.Tensor, scales: torch.Tensor
+        self,
+        entry: WeightEntry,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        stop: threading.Event | None = None,
     ) -> None:
         """Read a weight's bytes straight into ``codes`` and ``scales``, uint8 on the CPU, each of the
-        entry's length. Any thread may, and no two wait for each other. Raises StoreError."""
-        self._read_into(entry.file, f"{entry.name}.codes", codes)
-        self._read_into(entry.file, f"{entry.name}.scales", scales)
+        entry's length. Any thread may, and no two wait for each other. Raises StoreError; also as
+        soon as ``stop`` is set."""
+        self._read_into(entry.file, f"{entry.name}.codes", codes, stop)
+        self._read_into(entry.file, f"{entry.name}.scales", scales, stop)
 
     def read_resident(self, entry: ResidentEntry) -> torch.Tensor:
         """A resident tensor in its own shape and dtype; no copy. Raises StoreError."""
@@ -163,7 +168,9 @@ class Store:
         except Exception as error:  # safetensors raises its own type and several built-in ones
             raise StoreError(f"{self.path / file}: cannot read {name}: {error}") from error
 
-    def _read_into(self, file: str, name: str, destination: torch.Tensor) -> None:
+    def _read_into(
+        self, file: str, name: str, destination: torch.Tensor, stop: threading.Event | None
+    ) -> None:
         view = destination.numpy().data
         try:
             with self._lock:
@@ -172,6 +179,8 @@ class Store:
                     self._fds[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
             fd, at = self._fds[file], self._offsets[name]
             while view:
+                if stop is not None and stop.is_set():
+                    raise OSError(0, "reading was stopped")
                 got = os.preadv(fd, [view[:READ_BYTES]], at)
                 if not got:
                     raise OSError(0, "the file has become shorter")

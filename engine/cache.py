@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 STEP_TOKENS = 256  # capacities are multiples of it
 
 
-class PastLayer(DynamicLayer):  # type: ignore[misc]
+class PastLayer(DynamicLayer):
     """``keys`` and ``values``: views [1, KV heads, length, head_dim] of memory for ``capacity`` tokens."""
 
     def __init__(self, capacity: int) -> None:
@@ -41,17 +41,30 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.memory is not None
-        length = self.keys.shape[-2]
+        length = self.get_seq_length()
         end = length + key_states.shape[-2]
         if end > self.capacity:
-            self.capacity = -(-end // STEP_TOKENS) * STEP_TOKENS
-            former, self.memory = self.memory, (self._allocate(key_states), self._allocate(value_states))
-            for new, old in zip(self.memory, former, strict=True):
-                new[:, :, :length] = old[:, :, :length]
+            self.grow(end)
         for part, states in zip(self.memory, (key_states, value_states), strict=True):
             part[:, :, length:end] = states
         self.set_length(end)
-        return self.keys, self.values
+        keys, values = self.memory
+        return keys[:, :, :end], values[:, :, :end]
+
+    def grow(self, tokens: int) -> None:
+        """Make room for at least so many tokens; those that are there stay."""
+        assert self.memory is not None
+        length, former = self.get_seq_length(), self.capacity
+        self.capacity = rounded(max(tokens, former + former // 4))
+        try:
+            grown = self._allocate(self.memory[0]), self._allocate(self.memory[1])
+        except BaseException:
+            self.capacity = former
+            raise
+        for new, old in zip(grown, self.memory, strict=True):
+            new[:, :, :length] = old[:, :, :length]
+        self.memory = grown
+        self.set_length(length)
 
     def reset(self) -> None:
         """Forget the tokens and keep the memory."""
@@ -63,8 +76,25 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def make_cache(layers: int, tokens: int) -> DynamicCache:
-    """A cache of so many layers with room for ``tokens``; it grows if there are more."""
+    """A cache of so many layers, with room for ``tokens`` at first."""
     cache = DynamicCache()
-    capacity = -(-tokens // STEP_TOKENS) * STEP_TOKENS
-    cache.layers = [PastLayer(capacity) for _ in range(layers)]
+    cache.layers = [PastLayer(rounded(tokens)) for _ in range(layers)]
     return cache
+
+
+def reserve(cache: DynamicCache, tokens: int) -> None:
+    """Make room for ``tokens`` in every layer, if there is less. Each has what it had if memory runs out
+    half-way."""
+    for layer in past(cache):
+        if layer.capacity < tokens:
+            layer.grow(tokens)
+
+
+def past(cache: DynamicCache) -> list[PastLayer]:
+    """The layers of a cache that `make_cache` made."""
+    return [layer for layer in cache.layers if isinstance(layer, PastLayer)]
+
+
+def rounded(tokens: int) -> int:
+    """A capacity for so many tokens."""
+    return -(-tokens // STEP_TOKENS) * STEP_TOKENS

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class WeightClient:
         self._stream: Any = None
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
+        self._streamed: dict[int, int] = {}  # bytes by the pid of the feeder, as it said last
         self._shrink: p.Shrink | None = None  # asked, and not answered
         self._shrunk = 0
         self._connection = Connection(directory, leash_fd, self._found, self._lost)
@@ -114,6 +115,25 @@ class WeightClient:
                 self._taken(lease)
             return leases
 
+    def try_hold(self, weights: Sequence[int]) -> list[Lease] | None:
+        """The leases of all ``weights`` if all are here to stay; else None, and none is taken. They may
+        be held over many passes, as long as `recalled` says False, and are released in the end."""
+        with self._lock:
+            self._turn()
+            if self._verify or not self._ledger.standing(weights):
+                return None  # in verify mode each use is checked
+            return self._ledger.take_all(weights)
+
+    def recalled(self, leases: Iterable[Lease]) -> bool:
+        """Whether the feeder wants any of these held leases back, or is gone: release them."""
+        with self._lock:
+            self._turn()
+            return any(lease.recalled for lease in leases)
+
+    def used(self, count: int) -> None:
+        """So many weights were used that are held."""
+        self.stats.uses += count
+
     def release(self, lease: Lease) -> None:
         """The work queued so far is the last that reads the lease."""
         with self._lock:
@@ -138,10 +158,22 @@ class WeightClient:
         with self._lock:
             if self._memory is not None:  # any thread may ask
                 self._memory.bind_thread()
+            self._turn()  # an answer to an earlier question is none to this one
             self._status = None
             self._connection.send(p.StatusRequest())
             self._pump_until(lambda: self._status is not None, timeout_s)
             return self._status or {}
+
+    def request_status(self) -> None:
+        """Ask for the feeder's figures, as ``streamed_bytes`` needs them, without waiting."""
+        with self._lock:
+            self._connection.send(p.StatusRequest())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What has crossed the link, by what each feeder so far has said last. One that was killed
+        has said nothing of its last moments."""
+        return sum(self._streamed.values())
 
     def peak_bytes(self) -> int:
         """The most device memory that this process has had, mapped slots not counted."""
@@ -266,7 +298,15 @@ class WeightClient:
             raise
 
     def _turn(self) -> None:
-        """Everything that can be done now, without blocking."""
+        """Everything that can be done now, without blocking. What goes wrong ends the main thread,
+        whichever thread meets it."""
+        try:
+            self._talk()
+        except WeightFeederError as error:
+            self._failure = self._failure or error
+            raise
+
+    def _talk(self) -> None:
         for message in self._connection.messages():
             if isinstance(message, p.StatusRequest):
                 self._connection.send(p.Status(self._fields()))
@@ -331,6 +371,9 @@ class WeightClient:
                 self._ledger.retire(segment)
             case p.Status(fields):
                 self._status = fields
+                pid, streamed = fields.get("pid"), fields.get("streamed_bytes")
+                if isinstance(pid, int) and isinstance(streamed, int):
+                    self._streamed[pid] = streamed
             case p.Shrunk(size_bytes, engine_bytes) if self._shrink is not None:
                 self._shrink, self._shrunk = None, size_bytes
                 self._memory.limit(engine_bytes)

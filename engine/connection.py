@@ -216,5 +216,8 @@ class Connection:
         self.lost_feeders += 1
         self.feeder = None
         self._lost()
-        self._shut()
-        self._open()
+        channel, watch_fd = self._channel, self._watch_fd
+        self._open()  # first: a signal may end this thread amid it, and the other one still looks in
+        channel.close()
+        if watch_fd >= 0:
+            os.close(watch_fd)

@@ -1,4 +1,4 @@
-"""How products are cut on which device: tables from `python -m bench.kernels tune`, and a rule for the rest."""
+"""How products are cut on which device: what `python -m bench.kernels tune` found, and a rule."""
 
 from __future__ import annotations
 

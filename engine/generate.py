@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_se
 
 from common.errors import UsageError
 from common.log import log
+from engine.loop import Loop
 from engine.text import Codec
 
 DEFAULT_NEW_TOKENS = 512
@@ -89,17 +91,14 @@ class _Stream(TextStreamer):
         write: Callable[[str], None],
         token: Callable[[], None],
     ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self._answer, self._write, self._token = answer, write, token
         self._start = time.perf_counter()
-        self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._answer.ids.extend(int(token) for token in value.flatten())
-            self._answer.times_s.append(time.perf_counter() - self._start)
-            self._token()
-        self._prompt_seen = True
+        self._answer.ids.extend(int(token) for token in value.flatten())
+        self._answer.times_s.append(time.perf_counter() - self._start)
+        self._token()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -115,10 +114,11 @@ class Generator:
         codec: Codec,
         sampling: Sampling,
         raw: bool,
+        loop: Loop,
         chunk: Callable[[int], int | None] = lambda tokens: None,
     ) -> None:
         """``chunk``: how many of a prompt's tokens one pass may take, None for all of them."""
-        self._chunk = chunk
+        self._chunk, self._loop = chunk, loop
         self._model: Any = model  # its type has no ``generate``, which comes from a mixin
         self._codec, self._raw = codec, raw
         self._config = sampling.apply(model.generation_config)
@@ -156,11 +156,13 @@ class Generator:
             set_seed(self._seed)
         tokens = torch.tensor([ids], device=self._model.device)
         answer = Answer()
+        stream = _Stream(self._codec.tokenizer, answer, write, token)
         self._model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=config,
-            streamer=_Stream(self._codec.tokenizer, answer, write, token),
+            custom_generate=partial(self._loop, put=stream.put),
         )
+        stream.end()
         answer.text = self._codec.decode(answer.ids)
         return answer

@@ -136,6 +136,11 @@ class Ledger:
             return None
         return [lease for weight in weights if (lease := self.take(weight)) is not None]
 
+    def standing(self, weights: Sequence[int]) -> bool:
+        """Whether all of them are granted until they are revoked."""
+        found = [self._offered.get(weight) for weight in weights]
+        return all(lease is not None and lease.grant.standing for lease in found)
+
     def put(self, lease: Lease) -> bool:
         """A reader is done; whether the lease is to be returned when its kernels are complete."""
         lease.readers -= 1

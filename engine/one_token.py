@@ -21,7 +21,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PLAIN = tl.constexpr(0)  # y = W x + bias
-RESIDUAL = tl.constexpr(1)  # hidden += W x; hidden times the next norm's weights, spread; squares summed
+RESIDUAL = tl.constexpr(
+    1
+)  # hidden += W x; hidden times the next norm's weights, spread; squares summed
 GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 
@@ -89,7 +91,7 @@ def _end(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def product_kernel(  # type: ignore[no-untyped-def]
+def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     planes, words, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
@@ -153,8 +155,12 @@ def product_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(words_b + column[None, :, :], mask=there, other=0, eviction_policy="evict_first")
     ahead = column + RUNS * WORDS
     there = (ahead < stride)[None, :, :]
-    next_a = tl.load(words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first")
-    next_b = tl.load(words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first")
+    next_a = tl.load(
+        words_a + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
+    )
+    next_b = tl.load(
+        words_b + ahead[None, :, :], mask=there, other=0, eviction_policy="evict_first"
+    )
     if PDL:
         gdc_wait()  # from here on what the kernel before has written is read
         gdc_launch_dependents()
@@ -261,7 +267,7 @@ def glu_kernel(gate, up, planes, count, SIZE: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def attention_kernel(  # type: ignore[no-untyped-def]
+def attention_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     qkv, cosines, sines, keys, values, position, planes, partial, counters, capacity, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, KV: tl.constexpr, PDL: tl.constexpr,

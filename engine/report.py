@@ -11,10 +11,12 @@ import time
 from typing import Any
 
 from common.config import format_bytes
+from common.errors import WeightFeederError
 from engine.client import WeightClient
 from engine.generate import Answer
 
 _INTERVAL_S = 0.5
+_STATUS_INTERVAL_S = 0.25  # what a feeder that is killed may not have told of what it streamed
 
 
 class Report:
@@ -24,13 +26,19 @@ class Report:
         self._client = client
         self._answers: list[Answer] = []
         self._tokens = 0
-        self._before = client.ask_status()
+        client.ask_status()
+        self._streamed_before = client.streamed_bytes
+        self._next_status = 0.0
         self._stall_s = client.stats.stall_s
         self._start = time.perf_counter()
         self._live: _LiveLine | None = None
 
     def token(self) -> None:
         self._tokens += 1
+        now = time.perf_counter()
+        if now >= self._next_status:
+            self._next_status = now + _STATUS_INTERVAL_S
+            self._client.request_status()
 
     def add(self, answer: Answer) -> None:
         self._answers.append(answer)
@@ -66,7 +74,7 @@ class Report:
             for earlier, later in zip(answer.times_s, answer.times_s[1:], strict=False)
         ]
         ttft = [answer.ttft_s for answer in self._answers]
-        streamed = int(after.get("streamed_bytes", 0)) - int(self._before.get("streamed_bytes", 0))
+        streamed = self._client.streamed_bytes - self._streamed_before
         stall_s = self._client.stats.stall_s - self._stall_s
         engine_bytes = int(self._client.peak_bytes())
         feeder_bytes = int(after.get("peak_bytes", 0))
@@ -77,8 +85,8 @@ class Report:
             "tok_per_s": round(tokens / seconds, 3) if seconds else 0.0,
             "ttft_s": round(statistics.median(ttft), 4) if ttft else 0.0,
             "ms_per_token_median": round(statistics.median(gaps), 3) if gaps else 0.0,
-            "streamed_bytes": max(0, streamed),
-            "link_gb_per_s": round(max(0, streamed) / seconds / 1e9, 3) if seconds else 0.0,
+            "streamed_bytes": streamed,
+            "link_gb_per_s": round(streamed / seconds / 1e9, 3) if seconds else 0.0,
             "stall_share": round(min(1.0, stall_s / seconds), 4) if seconds else 0.0,
             "engine_peak_bytes": engine_bytes,
             "feeder_peak_bytes": feeder_bytes,
@@ -126,10 +134,13 @@ class _LiveLine:
         self._write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
 
     def _run(self) -> None:
-        while not self._end.wait(_INTERVAL_S):
-            width = shutil.get_terminal_size().columns
-            text = self._report.line()[: width - 1]
-            self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K{text}\x1b8")
+        try:
+            while not self._end.wait(_INTERVAL_S):
+                width = shutil.get_terminal_size().columns
+                text = self._report.line()[: width - 1]
+                self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K{text}\x1b8")
+        except (WeightFeederError, OSError):
+            pass  # the main thread meets the same, and says so; or the terminal is gone
 
     @staticmethod
     def _write(text: str) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from common.config import parse_size
 from common.errors import MemoryShortageError, UsageError
 from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens, split_bytes
 from common.log import log
 from common.memory import Memory
+from engine.cache import PastLayer
 from engine.client import WeightClient
 
 ATTEMPTS = 4
@@ -39,7 +40,7 @@ class MemoryKeeper:
 
         @functools.wraps(model.forward)  # ``generate`` looks at its signature
         def forward(*arguments: Any, **named: Any) -> Any:
-            return self._survive(*arguments, **named)
+            return self._forward_pass(*arguments, **named)
 
         model.forward = forward
 
@@ -59,14 +60,17 @@ class MemoryKeeper:
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
         return found
 
-    def _survive(self, *arguments: Any, **named: Any) -> Any:
-        """The model's forward pass, again and again until memory suffices."""
+    def _forward_pass(self, *arguments: Any, **named: Any) -> Any:
         cache = named.get("past_key_values")
+        return self.survive(lambda: self._forward(*arguments, **named), cache)
+
+    def survive(self, call: Callable[[], Any], cache: Any) -> Any:
+        """Make the call, which adds to ``cache``, again and again until memory suffices."""
         length = 0 if cache is None else cache.get_seq_length()
         attempt = 0
         while True:
             try:
-                return self._forward(*arguments, **named)
+                return call()
             except torch.OutOfMemoryError as error:
                 reason = str(error)
             # Not in the except clause: until it ends, the traceback holds the tensors of the pass.
@@ -101,15 +105,9 @@ def failed_bytes(reason: str) -> int:
 
 def _roll_back(cache: Any, length: int) -> bool:
     """Drop what a pass that failed half-way has added; whether that can be done."""
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return False
     for layer in cache.layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name, None)
-            if states is None or not states.numel() or states.shape[-2] <= length:
-                continue
-            kept = states[..., :length, :]
-            setattr(
-                layer, name, kept if length else kept.clone()
-            )  # an empty view would hold it all
+        if not isinstance(layer, PastLayer):
+            return False
+        if layer.is_initialized and layer.get_seq_length() > length:
+            layer.set_length(length)
     return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from common.entry import at_last
 from common.errors import PeerError, UsageError
 from common.log import log
 from common.memory import memory_for
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         lock.acquire()
         output = _open_output(arguments.output, stack)
         client = WeightClient(directory, leash.fd, arguments.verify)
-        stack.callback(client.close)
+        stack.push(at_last(client.close))
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         try:
@@ -68,9 +69,11 @@ def _generate(
     output: TextIO,
 ) -> None:
     from engine.generate import Generator
+    from engine.loop import Loop
     from engine.model import build_model
     from engine.report import Report, print_summary
     from engine.shortage import MemoryKeeper
+    from engine.step import Step, supports
     from engine.text import codec_for
 
     feeder = client.wait_for_feeder()
@@ -90,17 +93,21 @@ def _generate(
     model = build_model(store, client, memory, dtype, arguments.attention)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     keeper = MemoryKeeper(model, client, memory)
-    generator = Generator(model, codec, sampling, arguments.raw, keeper.chunk)
+    reason = supports(model)
+    if reason:
+        log.debug("tokens take transformers' own forward pass: %s", reason)
+    step = None if reason or arguments.no_step else Step(model, client)
+    loop = Loop(step, keeper.survive)
+    generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client)
-    try:
-        with report:
-            for prompt in prompts:
-                _answer(prompt, generator, report, output, bool(arguments.prompts))
-    finally:
-        if memory.device.type == "cuda":
-            torch.cuda.synchronize(memory.device)  # slots go back only when no kernel reads them
+    with ExitStack() as stack:
+        if memory.device.type == "cuda":  # slots go back only when no kernel reads them
+            stack.push(at_last(lambda: torch.cuda.synchronize(memory.device)))
+        stack.enter_context(report)
+        for prompt in prompts:
+            _answer(prompt, generator, report, output, bool(arguments.prompts))
     print_summary(report.summary(), arguments.json)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from common.formats import PACKED
-from engine.cache import PastLayer
+from engine.cache import PastLayer, past
 from engine.client import WeightClient
 from engine.ledger import Lease
 from engine.linear import FedLinear
@@ -44,7 +44,7 @@ class _Layer:
 
 
 def supports(model: Any) -> str:
-    """"" if the model can be stepped through, else the reason why not."""
+    """ "" if the model can be stepped through, else the reason why not."""
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -68,7 +68,9 @@ class Step:
         self._model, self._client = model, client
         config, device = model.config, model.device
         self._config, self._device, self._dtype = config, device, model.dtype
-        self._dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
         self._layers = [_layer(layer) for layer in model.model.layers]
         self._linears = [
@@ -102,19 +104,21 @@ class Step:
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._held: dict[int, Lease] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_of: tuple[int, ...] = ()
+        self._graph_memory: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # of the cache it writes
+        )
+        self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
         self._warm = False
 
     @property
     def graphed(self) -> bool:
         """Whether the last token was one launch."""
-        return self._graph is not None
+        return bool(self._held)
 
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The logits, fp32 [1, vocabulary], of the token that follows ``token`` [1, 1], whose keys and
         values are added to ``cache``. The result is overwritten by the next call."""
-        length = cache.get_seq_length()
-        layers = [layer for layer in cache.layers if isinstance(layer, PastLayer)]
+        length, layers = cache.get_seq_length(), past(cache)
         if length + 1 > layers[0].capacity:
             raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
         self._token.copy_(token)
@@ -150,22 +154,24 @@ class Step:
                 self._client.release(lease)
             return False
         self._held = {lease.grant.weight: lease for lease in leases}
+        grants = [(id(x.mapping), x.grant.offset_bytes, x.grant.generation) for x in leases]
+        if grants != self._graph_grants:
+            self._graph, self._graph_grants = None, grants
         return True
 
     def _drop(self) -> None:
         held, self._held = list(self._held.values()), {}
-        self._graph = None
         for lease in held:  # their last reader is queued: they go back when it is complete
             self._client.release(lease)
 
     def _replay(self, layers: Sequence[PastLayer]) -> None:
-        memory = tuple(layer.memory[0].data_ptr() for layer in layers if layer.memory is not None)
-        if self._graph is None or memory != self._graph_of:
+        memory = layers[0].memory  # all layers get theirs together
+        if self._graph is None or memory is not self._graph_memory:
             self._graph = torch.cuda.CUDAGraph()
             # The keeper of the client may ask after events meanwhile: that is no part of this.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._run(layers)
-            self._graph_of = memory
+            self._graph_memory = memory
         self._client.used(len(self._linears))
         self._graph.replay()
 
@@ -175,11 +181,11 @@ class Step:
         model = self._model.model
         embedded = model.embed_tokens(self._token).view(-1)
         self._begin(embedded, self._layers[0].norm)
-        for index, (layer, past) in enumerate(zip(self._layers, layers, strict=True)):
+        for index, (layer, kept) in enumerate(zip(self._layers, layers, strict=True)):
             last = index + 1 == len(self._layers)
             after = model.norm.weight if last else self._layers[index + 1].norm
             self._multiply(layer.attention, self._planes, layer.bias, self._qkv, norm=True)
-            self._attend(past)
+            self._attend(kept)
             self._add(layer.out, self._planes_out, layer.norm_mlp)
             self._gate(layer.gated)
             self._add(layer.down, self._planes_inner, after)
@@ -240,7 +246,9 @@ class Step:
             self._multiply(linears, self._planes, None, self._pair, norm=True)
             gate, up = self._pair.chunk(2)
             grid = (gate.numel() // BEGIN_SIZE,)
-            glu_kernel[grid](gate, up, self._planes_inner, gate.numel(), SIZE=BEGIN_SIZE, num_warps=1)
+            glu_kernel[grid](
+                gate, up, self._planes_inner, gate.numel(), SIZE=BEGIN_SIZE, num_warps=1
+            )
             return
         epilogue = Epilogue(
             int(GLU), self._sums[: self._sum_count], self._config.rms_norm_eps,

@@ -187,20 +187,6 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def spread(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] in the order in which the kernels read it; one more launch."""
-    tokens, columns = x.shape
-    if tokens == 1:
-        words = columns // 8
-        planes = torch.empty((9, words), dtype=torch.float32, device=x.device)
-        _spread_one_kernel[(triton.cdiv(words, 256),)](x, planes, words, SIZE=256, num_warps=2)
-        return planes
-    planes = torch.empty((2, MAX_TOKENS, columns // 2), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(columns // 2, 512), MAX_TOKENS)
-    _spread_kernel[grid](x, planes, columns, tokens, SIZE=512, TOKENS=MAX_TOKENS, num_warps=2)
-    return planes
-
-
 class Scratch:
     """What split products need between their programs, per device; grown when needed, never shrunk.
 
@@ -250,8 +236,10 @@ def spread(x: torch.Tensor) -> torch.Tensor:
         one_token.spread_kernel[grid](x, planes, words, SIZE=1024, num_warps=4)
         return planes
     planes = torch.empty((2, MAX_TOKENS, columns // 2), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(columns // 2, 512), MAX_TOKENS)
-    _spread_kernel[grid](x, planes, columns, tokens, SIZE=512, TOKENS=MAX_TOKENS, num_warps=2)
+    blocks = triton.cdiv(columns // 2, 512)
+    _spread_kernel[(blocks, MAX_TOKENS)](
+        x, planes, columns, tokens, SIZE=512, TOKENS=MAX_TOKENS, num_warps=2
+    )
     return planes
 
 
@@ -351,7 +339,9 @@ def _places(weights: list[Packed], unit: int) -> tuple[list[int], int, int, int,
 
 def _check(x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None) -> int:
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS or not x.is_contiguous():
-        raise ValueError(f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}")
+        raise ValueError(
+            f"x is {tuple(x.shape)}: expected [M, K], contiguous, M up to {MAX_TOKENS}"
+        )
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}: expected bfloat16 or float16")
     if not 1 <= len(weights) <= MAX_WEIGHTS:

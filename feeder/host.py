@@ -8,6 +8,7 @@ of a weight, and what arrives is a packed slot as it is.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,14 +115,15 @@ class HostStore:
 
 def _read(store: Store, places: list[Place], destination: torch.Tensor) -> None:
     """All weights, in parallel, the largest first: each is read straight into place, and checked
-    there."""
+    there. When one fails, or this thread is interrupted, the others stop too."""
+    stop = threading.Event()
 
     def read(index: int) -> int:
         entry, place = store.weights[index], places[index]
         packed = destination[place.offset_bytes :][: place.size_bytes]
         codes = packed[: code_bytes(place.elements)]
         scales = packed[place.scales_at :][: 2 * scale_count(place.elements)]
-        store.read_weight_into(entry, codes, scales)
+        store.read_weight_into(entry, codes, scales, stop)
         packed[codes.numel() : place.scales_at] = 0
         store.check(entry, codes, scales)
         return entry.packed_bytes
@@ -134,4 +136,5 @@ def _read(store: Store, places: list[Place], destination: torch.Tensor) -> None:
             for size in pool.map(read, order):
                 bar.update(size)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)

@@ -7,19 +7,19 @@ neither; all three run this very object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import merge
 
 from common.errors import InternalError
 from common.plan import Capacity, Plan
 from common.slots import HELD, Event, Slot, SlotTable, State
+from feeder.advisor import Advisor
+from feeder.agenda import Agenda
 from feeder.arena import Arena, aligned
-from feeder.ranked import FIRST, Ranked, weight_of
+from feeder.ranked import FIRST, weight_of
 from feeder.strategies.base import Strategy
-from feeder.strategies.cyclic import Cyclic
 from feeder.strategies.on_demand import OnDemand
-from feeder.target import NOTHING, Listed, Target, Window
+from feeder.target import NOTHING, Listed, Recent, Window
 
 #: Bytes of slots that may be on their way at once. Enough to keep the link busy across the feeder's
 #: own latency; little enough that a weight nobody foresaw does not wait behind a long queue.
@@ -72,36 +72,6 @@ class Counters:
     hit_rate: float = 0.0
 
 
-#: What a strategy is told of, if it has a method for it.
-_EVENTS = ("needed", "released", "filled", "freed")
-
-
-class _Index:
-    """Which weights there may be something to do about, so that nobody looks at the others."""
-
-    def __init__(self) -> None:
-        #: Wanted and in no slot; those that stream, and those that stay. Most urgent first.
-        self.missing = (Ranked(), Ranked())
-        #: Wanted and READY.
-        self.grantable: set[int] = set()
-        #: May make room: READY, or IN_USE. Oldest first.
-        self.ready, self.lent = Ranked(), Ranked()
-
-    def remove(self, weight: int) -> None:
-        self.grantable.discard(weight)
-        for ranked in (*self.missing, self.ready, self.lent):
-            ranked.discard(weight)
-
-    def next_missing(self, passed: int, stuck: Container[bool]) -> int | None:
-        """The key of the most urgent one after the key ``passed``, but for the stuck regions."""
-        streams, stays = self.missing
-        one = streams.after(passed) if streams and False not in stuck else None
-        other = stays.after(passed) if stays and True not in stuck else None
-        if one is None or other is None:
-            return one if other is None else other
-        return min(one, other)
-
-
 class Scheduler:
     """Slots, arena and strategy of one feeder.
 
@@ -129,38 +99,29 @@ class Scheduler:
         self.counters = Counters()
         self.attached = False
         self._draining = False
-        self._need: int | None = None  # the weight that the engine is blocked on
         self._position = 0
         self._misses = self._misses_ahead = 0  # fills for this pass, and for the next
         self._filling_bytes = self._filling_count = 0
         self._no_room = False  # a wish found no extent, and waits for others to move
-        self._target: Target = NOTHING
-        self._stale = True  # something has happened that may change the target
-        self._window: Window | None = None  # the target of a cyclic strategy
-        self._index = _Index()
-        self._kept: frozenset[int] = frozenset()  # what the strategy keeps, checked
-        self._keep = self._kept  # what slots have been laid out for
-        self._keep_bytes = 0  # the region of what stays
-        self._born: dict[int, int] = {}  # when each slot was filled, counted in fills
         self._revoked_bytes = 0
+        self._agenda = Agenda(self.slots)
+        self._stale = True  # something has happened that may change the target
+        self._told: list[int] = []  # what the strategy was told of since the target was followed
+        self._window: Window | None = None  # the target of a cyclic strategy
         self._on_fallback, self._on_evict = on_fallback, on_evict
-        self._strategy = strategy
+        self._advisor = Advisor(strategy, self._fall_back)
         self.set_strategy(strategy)
 
     # Events ------------------------------------------------------------------------------------
 
     @property
     def strategy(self) -> Strategy:
-        return self._strategy
+        return self._advisor.strategy
 
     def set_strategy(self, strategy: Strategy) -> None:
         """Replace the strategy between two weights; what lies in slots stays until it is in the way."""
-        self._strategy = strategy
-        self._listens = {
-            n for n in _EVENTS if getattr(type(strategy), n) is not getattr(Strategy, n)
-        }
-        self._window, self._target, self._stale = None, NOTHING, True
-        self._guard(lambda: strategy.begin(self.plan, self.sizes, self.capacity))
+        self._window, self._agenda.target, self._stale = None, NOTHING, True
+        self._advisor.begin(strategy, self.plan, self.sizes, self.capacity)
         for slot in self.slots:
             if slot.state is not State.FILLING:
                 self._tell("filled", slot.weight)
@@ -170,7 +131,7 @@ class Scheduler:
         if plan != self.plan:
             self.plan = plan
             self._move_to(0)
-            self.set_strategy(self._strategy)
+            self.set_strategy(self.strategy)
 
     def attach(self) -> None:
         """An engine is there: what is ready is granted to it from now on."""
@@ -186,7 +147,7 @@ class Scheduler:
             if slot.state in HELD:
                 self.slots.apply(slot, Event.LOSE)
                 self.slots.apply(slot, Event.RECOVER)
-                self._touch(slot.weight)
+                self._agenda.touch(slot.weight)
         self._revoked_bytes = 0
 
     def need(self, weight: int) -> None:
@@ -198,7 +159,7 @@ class Scheduler:
             return  # the grant is on its way: the two messages crossed
         if slot is None:
             self._follow()
-            if weight not in self._target.members:
+            if weight not in self._agenda.target.members:
                 self._move_to(self.plan.position(weight))
         self._set_need(weight)
         self._tell("needed", weight)
@@ -211,7 +172,7 @@ class Scheduler:
             return
         given_back_unused = slot.state is State.REVOKED
         self.slots.apply(slot, Event.RELEASE)
-        self._touch(slot.weight)
+        self._agenda.touch(slot.weight)
         self.counters.releases += 1
         if given_back_unused:
             self._revoked_bytes -= slot.size_bytes
@@ -225,7 +186,7 @@ class Scheduler:
         self.slots.apply(slot, Event.FILLED)
         self._filling_bytes -= slot.size_bytes
         self._filling_count -= 1
-        self._touch(slot.weight)
+        self._agenda.touch(slot.weight)
         self._tell("filled", slot.weight)
 
     def drain(self) -> None:
@@ -247,7 +208,7 @@ class Scheduler:
         self.capacity = capacity
         self.arena = Arena(capacity.size_bytes)
         self._draining = False
-        self._keep, self._keep_bytes = frozenset(), 0
+        self._agenda.set_keep(frozenset(), self.sizes)
         self.set_strategy(strategy)
 
     # Decisions ---------------------------------------------------------------------------------
@@ -258,7 +219,7 @@ class Scheduler:
             return list(self._drain())
         commands: list[Command] = []
         self._follow()
-        if self._kept is not self._keep:
+        if self._advisor.kept is not self._agenda.keep:
             self._change_keep(commands)
         self._fill(commands)
         if self.attached:
@@ -272,7 +233,7 @@ class Scheduler:
             return []
         self._follow()
         found, room = [], limit_bytes
-        for weight in self._next():
+        for weight in self._agenda.to_come():
             room -= packed_sizes[weight]
             if room < 0:
                 break
@@ -294,7 +255,7 @@ class Scheduler:
         if self._draining or self._filling_count or self._revoked_bytes:
             return False
         self._follow()
-        return self._no_room or not any(self._index.missing)
+        return self._no_room or not any(self._agenda.missing)
 
     # The target --------------------------------------------------------------------------------
 
@@ -302,119 +263,69 @@ class Scheduler:
         """Bring the target, and the index of who is in it, up to date."""
         while self._stale:  # a strategy that fails while it is asked is replaced
             self._stale = False
-            if not self._follow_window():
+            told, self._told = self._told, []
+            if not self._follow_window() and not self._follow_recent(told):
                 self._ask()
 
     def _follow_window(self) -> bool:
         """Without asking a cyclic strategy; False if it must be asked."""
-        strategy, window = self._strategy, self._window
-        if type(strategy).wanted is not Cyclic.wanted or "wanted" in vars(strategy):
+        advisor, agenda, window = self._advisor, self._agenda, self._window
+        if not advisor.cyclic:
             return False
         changed = None
-        if window is None or window.keep is not self._kept:
-            window = Window(self.plan, self.sizes, self.capacity, self._kept, self._position)
+        if window is None or window.keep is not advisor.kept:
+            window = Window(self.plan, self.sizes, self.capacity, advisor.kept, self._position)
             self._window = window
         elif window.usable:
             changed = window.move(self._position)
-        need = self._need
-        if not window.usable or not (need is None or need in window.members):
-            self._target = NOTHING  # the window has moved without it
+        if not window.usable or not (agenda.need is None or agenda.need in window.members):
+            agenda.target = NOTHING  # the window has moved without it
             return False
-        if changed is None or self._target is not window:
-            self._target = window
-            self._touch_all()
+        agenda.set_target(window, changed if agenda.target is window else None)
+        return True
+
+    def _follow_recent(self, told: list[int]) -> bool:
+        """The same for on-demand."""
+        agenda, recent = self._agenda, self._advisor.recent
+        if recent is None:
+            return False
+        target = agenda.target
+        if isinstance(target, Recent):
+            agenda.set_target(target, target.follow(told, agenda.need))
         else:
-            for weight in changed:
-                self._touch(weight)
+            agenda.set_target(Recent(recent, self.sizes, self.capacity, agenda.need), None)
         return True
 
     def _ask(self) -> None:
-        former = self._target
-        self._target = target = Listed(self._wishes(), self.sizes, self.capacity)
-        self._guard(lambda: None)  # it may have changed its mind on what stays
-        if former is NOTHING or isinstance(former, Window):
-            self._touch_all()
-            return
-        for weight in former.members.keys() ^ target.members.keys():
-            self._touch(weight)
-        for missing in self._index.missing:
-            for weight in list(missing):
-                self._touch(weight)
-
-    def _set_need(self, weight: int | None) -> None:
-        former, self._need = self._need, weight
-        if former != weight:
-            self._stale = True
-            for changed in (former, weight):
-                if changed is not None:
-                    self._touch(changed)
-
-    def _rank(self, weight: int) -> int:
-        return -1 if weight == self._need else self._target.rank(weight)
-
-    def _touch(self, weight: int) -> None:
-        """Something about the weight has changed: its slot, or whether it is wanted."""
-        index, slot = self._index, self.slots.get(weight)
-        wanted = weight in self._target.members
-        if slot is None:
-            index.remove(weight)
-            if wanted:
-                index.missing[weight in self._keep].put(weight, self._rank(weight))
-            return
-        index.missing[weight in self._keep].discard(weight)
-        state = slot.state
-        ready, lent = state is State.READY, state is State.IN_USE
-        if ready and wanted:
-            index.grantable.add(weight)
-        else:
-            index.grantable.discard(weight)
-        # A need may lie anywhere until it is granted.
-        dispensable = weight != self._need and (not wanted or self._misplaced(slot))
-        if ready and dispensable:
-            index.ready.put(weight, self._born[weight])
-        else:
-            index.ready.discard(weight)
-        if lent and dispensable:
-            index.lent.put(weight, self._born[weight])
-        else:
-            index.lent.discard(weight)
-
-    def _touch_all(self) -> None:
-        self._index = _Index()
-        for weight in self._target.members:
-            self._touch(weight)
-        for slot in self.slots:
-            self._touch(slot.weight)
-
-    def _next(self) -> Iterator[int]:
-        yield from map(weight_of, merge(*(missing.keys for missing in self._index.missing)))
-        for weight in self._target.beyond():
-            if self.slots.get(weight) is None:
-                yield weight
+        agenda, former = self._agenda, self._agenda.target
+        target = Listed(self._wishes(), self.sizes, self.capacity)
+        self._advisor.look_again()
+        if former is NOTHING or not isinstance(former, Listed):
+            agenda.set_target(target, None)
+        else:  # what is missing has other ranks, too
+            missing = [weight for missing in agenda.missing for weight in missing]
+            changed = former.members.keys() ^ target.members.keys()
+            agenda.set_target(target, changed.union(missing))
 
     def _wishes(self) -> Iterator[int]:
-        if self._need is not None:
-            yield self._need
-        strategy, total = self._strategy, len(self.sizes)
-        try:
-            for answers, weight in enumerate(strategy.wanted(self._position)):
-                if type(weight) is not int or not 0 <= weight < total:
-                    raise ValueError(f"wanted {weight!r}, which is not a weight (0 to {total - 1})")
-                if answers > 2 * total:
-                    raise ValueError("wanted goes on without end")
-                yield weight
-        except Exception as error:
-            self._fall_back(error)
+        if self._agenda.need is not None:
+            yield self._agenda.need
+        yield from self._advisor.wishes(self._position)
+
+    def _set_need(self, weight: int | None) -> None:
+        if weight != self._agenda.need:
+            self._stale = True
+            self._agenda.set_need(weight)
 
     # What is done about it ---------------------------------------------------------------------
 
     def _fill(self, commands: list[Command]) -> None:
         self._no_room = False
-        index, passed = self._index, FIRST
+        agenda, passed = self._agenda, FIRST
         stuck: set[bool] = set()  # regions (of what stays, or not) where a wish waits for room
-        while (key := index.next_missing(passed, stuck)) is not None:
+        while (key := agenda.next_missing(passed, stuck)) is not None:
             passed, weight = key, weight_of(key)
-            if weight != self._need and self._filling_count >= 2:
+            if weight != agenda.need and self._filling_count >= 2:
                 if self._filling_count >= FILL_AHEAD_COUNT:
                     return
                 if self._filling_bytes >= FILL_AHEAD_BYTES:
@@ -422,21 +333,20 @@ class Scheduler:
             offset = self._make_room(weight, commands)
             if offset is None:
                 self._no_room = True
-                stuck.add(weight in self._keep)
-                if weight == self._need or len(stuck) == 2:
+                stuck.add(weight in agenda.keep)
+                if weight == agenda.need or len(stuck) == 2:
                     return
                 continue  # in its region the order is kept; the other need not wait for it
             slot = self.slots.fill(weight, offset, self.sizes[weight])
             self.counters.fills += 1
-            self._born[weight] = self.counters.fills
-            self._touch(weight)
+            agenda.begun(weight)
             commands.append(Fill(slot.id, weight, offset))
             self._count_miss(weight)
             self._filling_bytes += slot.size_bytes
             self._filling_count += 1
             if self._stale:  # the strategy was told what was evicted for it
                 self._follow()
-                index, passed = self._index, FIRST
+                passed = FIRST
                 stuck.clear()
 
     def _make_room(self, weight: int, commands: list[Command]) -> int | None:
@@ -444,20 +354,17 @@ class Scheduler:
         offset = self._place(weight)
         if offset is not None:
             return offset
-        index, size = self._index, self.sizes[weight]
-        while index.ready:
-            self._evict(index.ready.first())
+        agenda, size = self._agenda, self.sizes[weight]
+        while agenda.ready:
+            self._evict(agenda.ready.first())
             offset = self._place(weight)
             if offset is not None:
                 return offset
-        while index.lent and self._revoked_bytes < size:
-            commands.append(self._revoke(index.lent.first()))
-        if weight != self._need:
+        while agenda.lent and self._revoked_bytes < size:
+            commands.append(self._revoke(agenda.lent.first()))
+        if weight != agenda.need:
             return None
-        # A need comes before every wish; the last wish goes first.
-        members = self._target.members
-        wishes = [w for w in members if w != weight and self.slots.get(w) is not None]
-        for wish in sorted(wishes, key=self._rank, reverse=True):
+        for wish in agenda.wishes_in_slots():  # a need comes before every wish
             slot = self.slots.get(wish)
             assert slot is not None
             if slot.state is State.IN_USE and self._revoked_bytes < size:
@@ -473,20 +380,14 @@ class Scheduler:
         """In the region of what stays or of what streams; a weight that is needed, anywhere."""
         if len(self.slots) >= self.capacity.count:
             return None
-        size, border = self.sizes[weight], self._keep_bytes
-        if weight in self._keep:
+        size, border = self.sizes[weight], self._agenda.keep_bytes
+        if weight in self._agenda.keep:
             offset = self.arena.allocate(size, ceiling=border)
         else:
             offset = self.arena.allocate(size, floor=border)
-        if offset is None and weight == self._need:
+        if offset is None and weight == self._agenda.need:
             offset = self.arena.allocate(size)
         return offset
-
-    def _misplaced(self, slot: Slot) -> bool:
-        """In the wrong region: it was filled under another strategy, or could not wait."""
-        if slot.weight in self._keep:
-            return slot.offset_bytes + slot.size_bytes > self._keep_bytes
-        return slot.offset_bytes < self._keep_bytes
 
     def _evict(self, weight: int) -> None:
         slot = self.slots.get(weight)
@@ -495,8 +396,7 @@ class Scheduler:
             self._on_evict(slot)
         self.arena.free(slot.offset_bytes)
         self.slots.apply(slot, Event.EVICT)
-        del self._born[weight]
-        self._touch(weight)
+        self._agenda.touch(weight)
         self._tell("freed", weight)
 
     def _revoke(self, weight: int) -> Revoke:
@@ -504,29 +404,29 @@ class Scheduler:
         assert slot is not None
         self.slots.apply(slot, Event.REVOKE)
         self._revoked_bytes += slot.size_bytes
-        self._touch(weight)
+        self._agenda.touch(weight)
         self.counters.revokes += 1
         return Revoke(slot.id, slot.generation)
 
     def _change_keep(self, commands: list[Command]) -> None:
         """Other weights stay. A standing grant tells nothing of the engine's progress, so a weight
         that does not stay any longer is asked back, to be granted in the ordinary way."""
-        self._keep = self._kept
-        self._keep_bytes = sum(self.sizes[w] for w in self._keep)
-        self._touch_all()
+        keep = self._advisor.kept
+        self._agenda.set_keep(keep, self.sizes)
         for slot in list(self.slots):
-            if slot.standing and slot.state is State.IN_USE and slot.weight not in self._keep:
+            if slot.standing and slot.state is State.IN_USE and slot.weight not in keep:
                 commands.append(self._revoke(slot.weight))
 
     def _grant(self, commands: list[Command]) -> None:
         self._follow()  # evictions may have changed it
-        for weight in sorted(self._index.grantable, key=self._rank):
+        agenda = self._agenda
+        for weight in sorted(agenda.grantable, key=agenda.rank):
             slot = self.slots.get(weight)
             assert slot is not None
-            self.slots.grant(slot, standing=weight in self._keep)
-            if weight == self._need:
-                self._need = None
-            self._touch(weight)
+            self.slots.grant(slot, standing=weight in agenda.keep)
+            if weight == agenda.need:
+                agenda.need = None
+            self._agenda.touch(weight)
             self.counters.grants += 1
             grant = Grant(slot.id, slot.generation, weight, slot.offset_bytes, slot.standing)
             commands.append(grant)
@@ -560,31 +460,10 @@ class Scheduler:
             self._misses += 1
 
     def _tell(self, event: str, weight: int) -> None:
-        if event in self._listens:
+        if self._advisor.tell(event, weight):
             self._stale = True
-            self._guard(lambda: getattr(self._strategy, event)(weight))
+            self._told.append(weight)
 
-    def _guard(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-            keep = self._strategy.keep
-            if keep is not self._kept:
-                self._check_keep(keep)
-                self._kept = keep
-        except Exception as error:
-            self._fall_back(error)
-
-    def _check_keep(self, keep: object) -> None:
-        if not isinstance(keep, frozenset):
-            raise TypeError(f"keep must be a frozenset of weights, not {type(keep).__name__}")
-        for weight in keep:
-            if type(weight) is not int or not 0 <= weight < len(self.sizes):
-                raise ValueError(f"keep holds {weight!r}, which is not a weight")
-
-    def _fall_back(self, error: Exception) -> None:
-        failed = self._strategy
-        if type(failed) is OnDemand:
-            raise InternalError(f"on-demand failed: {error!r}") from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self._on_fallback(f"strategy {failed.name} failed ({reason}); going on with on-demand")
+    def _fall_back(self, text: str) -> None:
+        self._on_fallback(text)
         self.set_strategy(OnDemand())

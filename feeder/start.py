@@ -53,7 +53,8 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         lock.acquire()
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
-        host = _host_store(store, memory, arguments)
+        with leash.guarding():  # it takes a while, and nobody listens yet
+            host = _host_store(store, memory, arguments)
         stack.callback(host.close)
         if arguments.keep_store:
             stack.callback(

@@ -1,9 +1,9 @@
 """The target: the longest prefix of needs and wishes that the capacity holds. Knows no slots.
 
 `Window` follows a cyclic strategy piece by piece: when the engine moves on by a weight, that weight
-leaves and others enter, and nothing else is looked at. `Listed` is what any strategy answered at one
-moment. Both say which weights are wanted (`members`), how urgently (`rank`), and what the strategy
-goes on with (`beyond`).
+leaves and others enter, and nothing else is looked at. `Recent` follows `on-demand`. `Listed` is what
+any strategy answered at one moment. All say which weights are wanted (`members`), how urgently
+(`rank`), and what the strategy goes on with (`beyond`).
 """
 
 from __future__ import annotations
@@ -123,5 +123,64 @@ class Listed:
                 yield weight
 
 
-Target = Window | Listed
+class Recent:
+    """The need, and before it as many of the ``recent`` weights as fit, the last used first: what
+    ``on-demand`` wants. All of ``recent`` (oldest first) are in slots, so hardly any is left out."""
+
+    def __init__(
+        self, recent: dict[int, None], sizes: Sequence[int], capacity: Capacity, need: int | None
+    ) -> None:
+        self.members: set[int] = set()
+        self._recent, self._sizes, self._capacity = recent, sizes, capacity
+        self._used: dict[int, int] = {}  # when each of the recent was used, counted
+        self._clock = self._bytes = 0
+        self._need: int | None = None
+        self._left_out: set[int] = set()
+        self.follow(list(recent), need)
+
+    def follow(self, used: Sequence[int], need: int | None) -> set[int]:
+        """``used``: what was used or left its slot since, in order. Which ones that concerns."""
+        for weight in used:
+            self._clock += 1
+            if weight in self._recent:
+                self._bytes += 0 if weight in self._used else self._sizes[weight]
+                self._used[weight] = self._clock
+            elif self._used.pop(weight, None) is not None:
+                self._bytes -= self._sizes[weight]
+        left_out = set(self._oldest(need))
+        concerned = {*used, *(left_out ^ self._left_out)}
+        concerned.update(w for w in (need, self._need) if w is not None)
+        self._left_out, self._need = left_out, need
+        for weight in concerned:
+            if weight == need or (weight in self._used and weight not in left_out):
+                self.members.add(weight)
+            else:
+                self.members.discard(weight)
+        return concerned
+
+    def rank(self, weight: int) -> int:
+        """Of a member: the smaller, the more urgent."""
+        return (1 << 40) - self._used.get(weight, 1 << 40)
+
+    def beyond(self) -> Iterator[int]:
+        """Nothing is fetched ahead."""
+        return iter(())
+
+    def _oldest(self, need: int | None) -> Iterator[int]:
+        """Those for which there is no room."""
+        extra = need is not None and need not in self._used
+        count = len(self._used) + extra - self._capacity.count
+        room = self._capacity.size_bytes - self._bytes
+        if extra and need is not None:
+            room -= self._sizes[need]
+        for weight in self._recent:
+            if count <= 0 and room >= 0:
+                return
+            if weight != need:
+                yield weight
+                count -= 1
+                room += self._sizes[weight]
+
+
+Target = Window | Recent | Listed
 NOTHING = Listed(iter(()), (), Capacity(1, 1))

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from common import int4
+from common.formats import PACKED
 from common.memory import Memory, memory_for
 from common.store import Store
 from engine.client import WeightClient
@@ -31,8 +32,15 @@ class Engine:
     expected: list[torch.Tensor]
 
     def holds(self, lease: Lease, weight: int) -> bool:
-        """Whether the lease's slot holds exactly the reference's dequantized weight."""
-        shape = self.store.weights[weight].shape
+        """Whether the lease's slot holds exactly the store's weight, packed or dequantized."""
+        entry = self.store.weights[weight]
+        shape = entry.shape
+        if lease.grant.format == PACKED:
+            packed = lease.packed(shape)
+            codes, scales = self.store.read_weight(entry)
+            return torch.equal(packed.codes.cpu(), codes) and torch.equal(
+                packed.scales.cpu().view(torch.int16), scales.view(torch.int16)
+            )
         return torch.equal(lease.weight(self.dtype, shape), self.expected[weight])
 
 

@@ -19,6 +19,7 @@ from common.process import LEASH_VARIABLE, Lock
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "model"
 SHARED = Path("/dev/shm")
+ROOM_PREFIX = "wf-"
 
 #: How long something may take before a test calls it hung. Nothing is measured against it.
 PATIENCE_S = 90.0
@@ -110,6 +111,8 @@ class Room:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: For feeders that keep their store: in /dev/shm all rooms of a machine meet.
+        self.name = path.name
         self.runtime, self.cache = path / "run", path / "cache"
         self.runtime.mkdir(mode=0o700)
         self.cache.mkdir()
@@ -120,7 +123,7 @@ class Room:
             "XDG_CACHE_HOME": str(self.cache),
         }
         self._started: list[Process] = []
-        self._shared_before = shared_entries()
+        self._shared_before = self.shared_entries()
 
     def directory(self, name: str = "default") -> Path:
         """The run directory of the processes called ``name``; not made here."""
@@ -163,7 +166,18 @@ class Room:
             if Path(directory) != self.runtime:
                 found.append(directory)
             found += [f"{directory}/{name}" for name in names]
-        found += [str(SHARED / name) for name in sorted(shared_entries() - self._shared_before)]
+        found += [
+            str(SHARED / name) for name in sorted(self.shared_entries() - self._shared_before)
+        ]
+        return found
+
+    def shared_entries(self) -> set[str]:
+        """This project's entries in /dev/shm, but for those that bear the name of another room."""
+        found = set()
+        for path in SHARED.glob("weight-feeder*"):
+            name = path.name.split(",")[2:3]
+            if name == [self.name] or not (name and name[0].startswith(ROOM_PREFIX)):
+                found.add(path.name)
         return found
 
     def settle(self) -> None:
@@ -185,14 +199,14 @@ class Room:
             os.kill(pid, signal.SIGKILL)
         for process in self._started:
             process.popen.wait()
-        for name in shared_entries() - self._shared_before:
+        for name in self.shared_entries() - self._shared_before:
             (SHARED / name).unlink(missing_ok=True)
 
 
 @contextmanager
 def room() -> Iterator[Room]:
     """A new room, in a path short enough for a socket's."""
-    path = Path(tempfile.mkdtemp(prefix="wf-"))
+    path = Path(tempfile.mkdtemp(prefix=ROOM_PREFIX))
     place = Room(path)
     try:
         yield place
@@ -214,13 +228,6 @@ def until(true: Callable[[], object], what: Callable[[], str]) -> None:
 def lock_holder(room: Room, role: str, name: str = "default") -> int | None:
     """The pid of the living feeder or engine called ``name``."""
     return Lock.holder(room.directory(name) / f"{role}.lock")
-
-
-def shared_entries() -> set[str]:
-    """This project's entries in /dev/shm."""
-    if not SHARED.is_dir():
-        return set()
-    return {path.name for path in SHARED.iterdir() if path.name.startswith("weight-feeder")}
 
 
 def assert_refused(ended: Ended, message: str, *, code: int | None = None) -> None:

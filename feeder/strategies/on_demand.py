@@ -14,10 +14,10 @@ class OnDemand(Strategy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._recent: dict[int, None] = {}  # an ordered set; the most recent last
+        self.recent: dict[int, None] = {}  # an ordered set; the most recent last
 
     def wanted(self, position: int) -> Iterable[int]:
-        return reversed(self._recent)
+        return reversed(self.recent)
 
     def filled(self, weight: int) -> None:
         self._touch(weight)
@@ -26,8 +26,8 @@ class OnDemand(Strategy):
         self._touch(weight)
 
     def freed(self, weight: int) -> None:
-        self._recent.pop(weight, None)
+        self.recent.pop(weight, None)
 
     def _touch(self, weight: int) -> None:
-        self._recent.pop(weight, None)
-        self._recent[weight] = None
+        self.recent.pop(weight, None)
+        self.recent[weight] = None

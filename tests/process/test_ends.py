@@ -26,7 +26,6 @@ from tests.processes import (
     Room,
     assert_refused,
     lock_holder,
-    shared_entries,
     until,
 )
 
@@ -194,19 +193,20 @@ def _points_to(link: Path, target: str) -> bool:
 @pytest.mark.parametrize("keep", [[], ["--keep-store"]])
 def test_a_feeder_is_ended_while_it_loads(room: Room, large_store: Path, keep: list[str]) -> None:
     """Also with --keep-store: what is kept is a whole store or none."""
-    before = shared_entries()
+    before = room.shared_entries()
+    directory, name = room.directory(room.name), f"--name={room.name}"
     for _ in range(10):  # until it is caught in the act
-        feeder = room.start("-m", "feeder", f"--model={large_store}", "--cache=1", *keep)
-        feeder.until((room.directory() / "feeder.lock").exists, "begins")
+        feeder = room.start("-m", "feeder", f"--model={large_store}", "--cache=1", name, *keep)
+        feeder.until((directory / "feeder.lock").exists, "begins")
         feeder.signal(signal.SIGSTOP)
-        loading = not (room.directory() / "feeder.sock").exists()
+        loading = not (directory / "feeder.sock").exists()
         feeder.signal(signal.SIGTERM)
         feeder.signal(signal.SIGCONT)
         assert feeder.wait().code == 143
-        kept = shared_entries() - before
+        kept = room.shared_entries() - before
         assert not (loading and kept)
-        for name in kept:
-            (SHARED / name).unlink()
+        for entry in kept:
+            (SHARED / entry).unlink()
         if loading:
             return
     pytest.fail("the feeder was never caught while it loaded")

@@ -14,7 +14,7 @@ from common.store import Store
 from feeder.quantize import quantize_checkpoint
 from tests import lives
 from tests.checkpoints import make_checkpoint
-from tests.processes import Process, Room, shared_entries, until
+from tests.processes import Process, Room, until
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -170,25 +170,26 @@ def test_a_feeder_stopped_while_it_is_asked(
 def test_the_host_store_survives_its_feeder(
     room: Room, long_store: Path, long_text: list[str]
 ) -> None:
-    before = shared_entries()
-    kept = room.feeder(*lives.feeder_flags(long_store), "--keep-store")
+    name = room.name
+    before = room.shared_entries()
+    kept = room.feeder(*lives.feeder_flags(long_store), "--keep-store", name=name)
     assert "used again" not in kept.err
-    (entry,) = shared_entries() - before
+    (entry,) = room.shared_entries() - before
     inode = os.stat(f"/dev/shm/{entry}").st_ino
-    engine = room.engine(*lives.engine_flags(300))
+    engine = room.engine(*lives.engine_flags(300), f"--name={name}")
     lives.until_generating(engine)
     kill(kept)
     engine.until_said("waiting for another")
-    assert shared_entries() - before == {entry}
-    second = room.feeder(*lives.feeder_flags(long_store, 2), "--keep-store")
+    assert room.shared_entries() - before == {entry}
+    second = room.feeder(*lives.feeder_flags(long_store, 2), "--keep-store", name=name)
     second.until_said("the host store that a former feeder kept is used again")
     assert os.stat(f"/dev/shm/{entry}").st_ino == inode
     engine.until_said(f"feeder {second.pid} takes over")
-    lives.stop(room, second)
-    assert shared_entries() - before == {entry}
-    last = room.feeder(*lives.feeder_flags(long_store, 3))
+    lives.stop(room, second, name)
+    assert room.shared_entries() - before == {entry}
+    last = room.feeder(*lives.feeder_flags(long_store, 3), name=name)
     last.until_said("the host store that a former feeder kept is used again")
     ended = engine.wait()
     assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
-    lives.stop(room, last)
-    assert shared_entries() == before
+    lives.stop(room, last, name)
+    assert room.shared_entries() == before

@@ -14,6 +14,7 @@ from transformers import Qwen2ForCausalLM, set_seed
 
 from engine.generate import Generator, Sampling
 from engine.linear import FedLinear
+from engine.loop import Loop
 from engine.text import codec_for
 from feeder.quantize import quantize_checkpoint
 from tests import fed
@@ -141,6 +142,8 @@ def test_text_is_that_of_the_plain_model(room: Room, sampled_model: Model) -> No
             for name, (sampling, _) in SAMPLINGS.items():
                 model.generation_config = copy.deepcopy(own_config)  # a generator makes it its own
                 limited = replace(sampling, max_new_tokens=24)
-                generator = Generator(model, codec, limited, raw=True)
+                generator = Generator(
+                    model, codec, limited, True, Loop(None, lambda call, _: call())
+                )
                 answer = generator.answer(" ".join(map(str, prompt)), lambda _: None)
                 assert answer.ids == expected[name], (feeder_name, name)

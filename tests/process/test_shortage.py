@@ -23,6 +23,7 @@ from common import protocol as p
 from common.errors import MemoryShortageError, PeerError
 from common.store import Store
 from engine.generate import Answer, Generator, Sampling
+from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.text import codec_for
 from feeder.quantize import quantize_checkpoint
@@ -57,7 +58,9 @@ def generate(
 ) -> Answer:
     sampling = {"max_new_tokens": TOKENS, "temperature": 1.0, "seed": 3} | sampling
     codec = codec_for(engine.store)
-    generator = Generator(model, codec, Sampling(**sampling), True, keeper.chunk)
+    generator = Generator(
+        model, codec, Sampling(**sampling), True, Loop(None, keeper.survive), keeper.chunk
+    )
     return generator.answer(PROMPT, lambda _: None)
 
 

@@ -9,19 +9,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from common.entry import run_process
+from common.entry import at_last, run_process
 from common.errors import ConfigError, InternalError, PeerError, UsageError
 from common.process import (
     LEASH_VARIABLE,
     Leash,
     Lock,
     Terminated,
+    TerminatedNow,
     clear_run_directory,
+    raise_on_termination,
     remove_run_directory,
     run_directory,
     watch,
@@ -185,6 +189,34 @@ def test_what_killed_processes_left_is_cleared(
     process.wait()
     clear_run_directory(directory)
     assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("public", ["the directory", "the one above"])
+def test_nothing_is_removed_where_others_may_write(runtime: Path, public: str) -> None:
+    directory = run_directory("default")
+    (directory if public == "the directory" else directory.parent).chmod(0o755)
+    for name in ("feeder.lock", "feeder.sock"):
+        (directory / name).touch()
+    clear_run_directory(directory)
+    assert sorted(path.name for path in directory.iterdir()) == ["feeder.lock", "feeder.sock"]
+    for name in ("feeder.lock", "feeder.sock"):
+        (directory / name).unlink()
+    clear_run_directory(directory)
+    remove_run_directory(directory)
+    assert directory.exists() == (public == "the directory")
+    assert directory.parent.exists()
+
+
+def test_a_link_to_another_place_is_not_followed(runtime: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / "feeder.lock").touch()
+    (elsewhere / "feeder.sock").touch()
+    directory = run_directory("default")
+    directory.rmdir()
+    directory.symlink_to(elsewhere)
+    clear_run_directory(directory)
+    assert len(list(elsewhere.iterdir())) == 2
 
 
 # Locks -----------------------------------------------------------------------------------------------
@@ -364,6 +396,32 @@ def test_a_leash_tells_both_ways(leash: socket.socket) -> None:
     assert not held.report("to nobody")
 
 
+@pytest.fixture
+def termination() -> Iterator[None]:
+    former = signal.getsignal(signal.SIGTERM)
+    raise_on_termination()
+    yield
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.usefixtures("termination")
+def test_the_launchers_end_reaches_a_main_thread_that_is_busy(leash: socket.socket) -> None:
+    held = Leash()
+    with pytest.raises(TerminatedNow), held.guarding():
+        leash.close()
+        threading.Event().wait(PATIENCE_S)
+
+
+@pytest.mark.usefixtures("termination")
+def test_who_listens_again_is_left_alone(leash: socket.socket) -> None:
+    held, before = Leash(), threading.active_count()
+    with held.guarding():
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    leash.close()
+    threading.Event().wait(0.05)  # and no signal comes
+
+
 @pytest.mark.parametrize("value", [None, "", "x", "-1", "99999"])
 def test_without_a_launcher_there_is_no_leash(
     monkeypatch: pytest.MonkeyPatch, value: str | None
@@ -374,6 +432,8 @@ def test_without_a_launcher_there_is_no_leash(
     held = Leash()
     assert held.fd is None
     assert not held.report("to nobody")
+    with held.guarding():
+        pass
 
 
 def failing(error: BaseException) -> Callable[[Leash], None]:
@@ -422,3 +482,30 @@ def test_a_process_that_does_its_work_ends_well(capsys: pytest.CaptureFixture[st
     assert run_process("feeder", False, lambda leash: done.append(leash.fd)) == 0
     assert done == [None]
     assert capsys.readouterr().err == ""
+
+
+def test_what_fails_at_the_end_does_not_hide_the_first_cause(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("tried")
+        raise RuntimeError("the device is\nlost")
+
+    def work(fails: bool) -> Callable[[Leash], None]:
+        def run(_: Leash) -> None:
+            with ExitStack() as stack:
+                stack.callback(ended.append, "after")
+                stack.push(at_last(end))
+                if fails:
+                    raise UsageError("the first cause")
+
+        return run
+
+    assert run_process("engine", False, work(fails=True)) == 2
+    stderr = capsys.readouterr().err.splitlines()
+    assert stderr == ["engine: and while ending: the device is lost", "error: the first cause"]
+    assert run_process("engine", False, work(fails=False)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: RuntimeError: the device is lost"
+    assert ended == ["tried", "after"] * 2

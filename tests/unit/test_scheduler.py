@@ -470,8 +470,9 @@ def test_nonsense_at_any_moment_of_any_history(seed: int, what: str, calls: int)
 
 
 def test_a_failure_of_on_demand_itself_is_a_defect() -> None:
-    scheduler = Scheduler(Plan((0,)), [512], Capacity(1, 512), broken := OnDemand())
+    broken = OnDemand()
     broken.wanted = raising(ValueError("broken"))  # type: ignore[method-assign]
+    scheduler = Scheduler(Plan((0,)), [512], Capacity(1, 512), broken)
     with pytest.raises(InternalError, match="on-demand failed"):
         scheduler.step()
 

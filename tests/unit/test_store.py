@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,19 @@ def test_mutated_bytes_are_opened_or_refused_never_more(
         assert str(error).splitlines() == [str(error)]
     finally:
         file.write_bytes(intact)
+
+
+def test_reading_can_be_stopped(pristine: Path) -> None:
+    store = Store.open(pristine)
+    entry = store.weights[0]
+    codes = torch.full((entry.codes_bytes,), 255, dtype=torch.uint8)
+    scales = torch.full((entry.scales_bytes,), 255, dtype=torch.uint8)
+    stop = threading.Event()
+    store.read_weight_into(entry, codes, scales, stop)
+    assert torch.equal(codes, store.read_weight(entry)[0])
+    stop.set()
+    codes.fill_(255)
+    with pytest.raises(StoreError, match="reading was stopped"):
+        store.read_weight_into(entry, codes, scales, stop)
+    assert codes.eq(255).all()
+    store.close()

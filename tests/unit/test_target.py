@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from common.plan import Capacity, Plan
 from feeder.ranked import FIRST, Ranked, key_of, weight_of
 from feeder.strategies.cyclic import Cyclic
-from feeder.target import Listed, Window
+from feeder.strategies.on_demand import OnDemand
+from feeder.target import Listed, Recent, Window
 
 TOTAL = 12
 
@@ -52,6 +53,32 @@ def test_a_window_follows_as_if_it_were_asked(
         if changed is not None:
             after = {weight: window.rank(weight) for weight in window.members}
             assert {w for w, _ in before.items() ^ after.items()} <= set(changed)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=TOTAL, max_size=TOTAL),
+    events=st.lists(st.lists(st.integers(0, TOTAL - 1), max_size=4), max_size=25),
+    count=st.integers(1, TOTAL), size_bytes=st.integers(9, 60), data=st.data(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=200)
+def test_on_demand_is_followed_as_if_it_were_asked(
+    sizes: list[int], events: list[list[int]], count: int, size_bytes: int, data: st.DataObject
+) -> None:
+    strategy, capacity = OnDemand(), Capacity(count, size_bytes)
+    target = Recent(strategy.recent, sizes, capacity, None)
+    for weights in events:
+        for weight in weights:
+            data.draw(st.sampled_from([strategy.filled, strategy.released, strategy.freed]))(weight)
+        need = data.draw(st.none() | st.integers(0, TOTAL - 1))
+        before = set(target.members)
+        concerned = target.follow(weights, need)
+        wishes = [*([] if need is None else [need]), *strategy.wanted(0)]
+        expected = Listed(iter(wishes), sizes, capacity)
+        assert target.members == expected.members.keys()
+        assert before ^ target.members <= concerned
+        first = [] if need is None else [need]
+        ranked = sorted(target.members - set(first), key=target.rank)
+        assert [*first, *ranked] == list(expected.members)
 
 
 @given(situation=situations(), stranger=st.integers(0, TOTAL - 1))

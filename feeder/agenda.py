@@ -1,0 +1,132 @@
+"""Which weights there may be something to do about: so that an event costs a look at those it touches,
+and not at every slot. Decides nothing.
+
+For each weight that is wanted or in a slot it is known whether it is missing, can be granted, or may
+make room for another. What changes a weight's slot or whether it is wanted is followed by a `touch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from heapq import merge
+
+from common.slots import Slot, SlotTable, State
+from feeder.ranked import Ranked, weight_of
+from feeder.target import NOTHING, Target
+
+
+class Agenda:
+    """What the target and the slots come to.
+
+    ``missing``: wanted and in no slot: those that stream, and those that stay; most urgent first.
+    ``grantable``: wanted and READY. ``ready`` and ``lent``: may make room, and are READY or IN_USE;
+    oldest first.
+    """
+
+    def __init__(self, slots: SlotTable) -> None:
+        self._slots = slots
+        self.target: Target = NOTHING
+        self.need: int | None = None  # the weight that the engine is blocked on
+        self.keep: frozenset[int] = frozenset()  # what stays, as slots are laid out for it
+        self.keep_bytes = 0  # the region of what stays
+        self._born: dict[int, int] = {}  # by weight in a slot: which fill it was
+        self._fills = 0
+        self.touch_all()
+
+    def set_target(self, target: Target, changed: Iterable[int] | None) -> None:
+        """``changed``: what entered, left or has another rank; None if nothing is known of it."""
+        self.target = target
+        if changed is None:
+            self.touch_all()
+            return
+        for weight in changed:
+            self.touch(weight)
+
+    def set_need(self, weight: int | None) -> None:
+        former, self.need = self.need, weight
+        for changed in (former, weight):
+            if changed is not None:
+                self.touch(changed)
+
+    def set_keep(self, keep: frozenset[int], sizes: Sequence[int]) -> None:
+        self.keep, self.keep_bytes = keep, sum(sizes[weight] for weight in keep)
+        self.touch_all()
+
+    def begun(self, weight: int) -> None:
+        """A fill of the weight has begun."""
+        self._fills += 1
+        self._born[weight] = self._fills
+        self.touch(weight)
+
+    def rank(self, weight: int) -> int:
+        """Of a wanted weight: the smaller, the more urgent."""
+        return -1 if weight == self.need else self.target.rank(weight)
+
+    def touch(self, weight: int) -> None:
+        """Something about the weight has changed: its slot, or whether it is wanted."""
+        slot = self._slots.get(weight)
+        wanted = weight in self.target.members
+        missing = self.missing[weight in self.keep]
+        if slot is None:
+            self.grantable.discard(weight)
+            self.ready.discard(weight)
+            self.lent.discard(weight)
+            if wanted:
+                missing.put(weight, self.rank(weight))
+            else:
+                missing.discard(weight)
+            return
+        missing.discard(weight)
+        ready, lent = slot.state is State.READY, slot.state is State.IN_USE
+        if ready and wanted:
+            self.grantable.add(weight)
+        else:
+            self.grantable.discard(weight)
+        # A need may lie anywhere until it is granted.
+        dispensable = weight != self.need and (not wanted or self._misplaced(slot))
+        if ready and dispensable:
+            self.ready.put(weight, self._born[weight])
+        else:
+            self.ready.discard(weight)
+        if lent and dispensable:
+            self.lent.put(weight, self._born[weight])
+        else:
+            self.lent.discard(weight)
+
+    def touch_all(self) -> None:
+        self.missing = (Ranked(), Ranked())
+        self.grantable: set[int] = set()
+        self.ready, self.lent = Ranked(), Ranked()
+        for weight in self.target.members:
+            self.touch(weight)
+        for slot in self._slots:
+            self.touch(slot.weight)
+
+    def next_missing(self, passed: int, stuck: Container[bool]) -> int | None:
+        """The key of the most urgent one after the key ``passed``, but for the stuck regions."""
+        streams, stays = self.missing
+        one = streams.after(passed) if streams and False not in stuck else None
+        other = stays.after(passed) if stays and True not in stuck else None
+        if one is None or other is None:
+            return one if other is None else other
+        return min(one, other)
+
+    def to_come(self) -> Iterator[int]:
+        """What is missing, then what is wished beyond the target and in no slot. Most urgent first."""
+        yield from map(weight_of, merge(*(missing.keys for missing in self.missing)))
+        for weight in self.target.beyond():
+            if self._slots.get(weight) is None:
+                yield weight
+
+    def wishes_in_slots(self) -> list[int]:
+        """Those that are wanted, but for the need; the least urgent first."""
+        found = [
+            w for w in self.target.members if w != self.need and self._slots.get(w) is not None
+        ]
+        return sorted(found, key=self.rank, reverse=True)
+
+    def _misplaced(self, slot: Slot) -> bool:
+        """In the wrong region: it was filled under another strategy, or could not wait."""
+        if slot.weight in self.keep:
+            return slot.offset_bytes + slot.size_bytes > self.keep_bytes
+        return slot.offset_bytes < self.keep_bytes
