@@ -41,11 +41,15 @@ examples:
   python launch.py --cache 128
   python launch.py --model ~/models/Qwen2.5-7B-Instruct --cache 10GiB --prompt 'Hello'
   python launch.py --model STORE --cache -1 --prompts in.jsonl --output out.jsonl
+  python launch.py --model STORE --plan
+  python launch.py doctor
 """
 
 
 def main(argv: list[str]) -> int:
     """Run the command line ``argv``; the exit code."""
+    if argv[:1] == ["doctor"]:
+        os.execv(sys.executable, [sys.executable, "-m", "feeder.doctor", *argv[1:]])
     arguments, feeder_actions, engine_actions = _parse(argv)
     try:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
@@ -80,6 +84,9 @@ def _parse(
     one.add_argument(
         "--engine-only", action="store_true", help="start no feeder, print its command"
     )
+    one.add_argument(
+        "--plan", action="store_true", help="say what to expect (--json: as JSON), and run nothing"
+    )
     parser.add_argument(
         "--debug", action="store_true", help="the engine under pdb, with this terminal as its input"
     )
@@ -103,7 +110,7 @@ def _run(
     supervisor.leave_interrupts = arguments.debug
     feeder = [sys.executable, "-m", "feeder", *as_flags(arguments, feeder_actions)]
     children: list[Child] = []
-    if not arguments.feeder_only:
+    if not arguments.feeder_only and not arguments.plan:
         # First, since importing transformers takes longest: the engine waits for its feeder.
         children.append(supervisor.start("engine", engine, foreground=arguments.debug))
     store, quantize = _store(arguments)
@@ -115,6 +122,10 @@ def _run(
             with _only_one(store, supervisor):
                 if not (store / "store.json").is_file():
                     supervisor.run("quantizer", quantize)
+        if arguments.plan:
+            as_json = ["--json"] if arguments.json else []
+            supervisor.run("feeder", [*feeder, "--plan", *as_json])
+            return EXIT_OK
         children.append(supervisor.start("feeder", feeder))
     if arguments.feeder_only:
         print(f"launch: the engine's command: {shlex.join(engine)}", file=sys.stderr)

@@ -47,7 +47,7 @@ def uses(trace: Trace) -> Iterator[Moments]:
                 ("release read", told.get(("feeder: messages", "release", *key))),
                 ("refilled", after and after.start),
             ]
-            yield [(name, at) for name, at in moments if at is not None]
+            yield [(name, float(at)) for name, at in moments if isinstance(at, int | float)]
 
 
 def _last_end(work: dict[str, list[Span]], fill: Span) -> float | None:

@@ -19,6 +19,7 @@ from common.errors import ConfigError, MemoryShortageError, PeerError
 from common.shared import SharedMemory, available_host_bytes
 from common.wait import Work
 
+PAGE_BYTES = 2 << 20  # of device memory
 PIN_CHUNK_BYTES = 2 << 30  # larger registrations fail on some drivers
 
 
@@ -240,6 +241,9 @@ class CudaMemory(Memory):
         return results[0] if results else None
 
     def allocate(self, size_bytes: int) -> Segment:
+        # Whole pages: of another size an allocation is mapped in small pages by those who import it,
+        # and read at 1.8 TB/s instead of 3.0 (H100; docs/decisions/0006-whole-pages.md).
+        size_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
         address = int(self.call(self.driver.cuMemAlloc, size_bytes))
         self.allocated += size_bytes
         self._peak = max(self._peak, self.allocated)

@@ -15,7 +15,7 @@ examples:
   python -m feeder swap resident --cache 10GiB
   python -m feeder status --watch
   python -m feeder stop
-other commands: swap, status, stop, simulate (each with --help)
+other commands: swap, status, stop, simulate (each with --help); python -m feeder.doctor
 """
 
 
@@ -27,6 +27,8 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="STORE", help="a store directory")
+    parser.add_argument("--plan", action="store_true", help="say what to expect, and serve nothing")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON")
     add_feeder(parser)
     add_common(parser)
     return parser
@@ -41,7 +43,10 @@ def main(argv: list[str]) -> int:
         from feeder.simulate import main as simulate
 
         return simulate(argv)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.json and not arguments.plan:
+        parser.error("--json is for --plan")
 
     def work(leash: Leash) -> None:
         from feeder.start import serve

@@ -89,6 +89,11 @@ class Feeder:
         self._malformed = 0
         self._stopping = ""
 
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory that fills pass through."""
+        return self._filler.staging_bytes
+
     # The loop ----------------------------------------------------------------------------------
 
     def run(self, leash: Leash) -> None:

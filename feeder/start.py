@@ -29,6 +29,7 @@ from common.wait import Wakeup
 from feeder.filler import filler_for
 from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
+from feeder.outlook import Outlook
 from feeder.recorder import TracingRecorder
 from feeder.serve import Feeder
 from feeder.strategies.registry import make_strategy
@@ -36,7 +37,8 @@ from feeder.traced import ROWS, TracedFeeder
 
 
 def serve(arguments: argparse.Namespace, leash: Leash) -> None:
-    """Serve the store ``arguments.model`` until told to stop. Raises WeightFeederError."""
+    """Serve the store ``arguments.model`` until told to stop; with ``arguments.plan`` only say how
+    that would be. Raises WeightFeederError."""
     cache, limits = Cache.parse(arguments.cache), _limits(arguments)
     strategy = make_strategy(arguments.strategy)
     path = Path(arguments.model).resolve()  # an engine may be started elsewhere
@@ -67,6 +69,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
                 log.info, "the host store stays in %s for the next feeder %r; to be rid of it, start"
                 " that without --keep-store", SHM_DIRECTORY, arguments.name,
             )  # fmt: skip
+        outlook = Outlook(host, memory, dtype)
         wakeup = Wakeup()
         stack.callback(wakeup.close)
         feeder = _feeder(
@@ -74,6 +77,11 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             arguments.verify, limits,
         )  # fmt: skip
         stack.callback(feeder.close)
+        outlook.tell(
+            feeder.slots, feeder.scheduler, feeder.staging_bytes, arguments.plan, arguments.json
+        )
+        if arguments.plan:
+            return
         capacity = feeder.scheduler.capacity
         log.info(
             "serving %s as %r: strategy %s, %d of %d weights in %s of %s slots on %s",

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from common import protocol as p
-from common.blocks import packed_bytes
 from common.config import Cache
 from common.plan import Plan
 from feeder.arena import aligned
@@ -73,8 +72,7 @@ def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> 
         def simulated(strategy: str, cache: str) -> float:
             sizes = [aligned(2 * count) for count in elements]
             request = Request(Plan(tuple(range(total))), sizes, names, Cache.parse(cache))
-            packed = [packed_bytes(count) for count in elements]
-            return predict(request, packed, strategy, Hardware(50e9, 3e12)).hits
+            return predict(request, elements, strategy, Hardware(50e9, 3e12)).hits
 
         def one_pass() -> float:
             for weight in range(total):

@@ -89,6 +89,8 @@ LIGHT = [
     ("feeder.control", {"torch", "numpy", "transformers", "triton", "engine"}),
     ("feeder.scheduler", {"torch", "zmq", "numpy", "triton", "msgpack", "engine"}),
     ("feeder.strategies.registry", {"torch", "zmq", "numpy", "triton", "msgpack", "engine"}),
+    ("feeder.simulation", {"torch", "zmq", "numpy", "triton", "msgpack", "engine"}),
+    ("feeder.doctor.__main__", {"torch", "zmq", "transformers", "triton", "engine"}),
     ("common.supervise", {"torch", "zmq", "numpy"}),
     ("common.trace", {"torch", "zmq", "numpy"}),
     ("engine.prompts", {"torch", "zmq", "feeder"}),

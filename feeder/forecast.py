@@ -1,0 +1,122 @@
+"""What a run will be like: tok/s, time to the first token, and what limits them.
+
+Pure arithmetic on figures that feeder/outlook.py finds; feeder/plan_text.py puts the result in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.plan import Capacity, Plan
+from feeder.measure import Measured
+from feeder.scheduler import Scheduler
+from feeder.simulation import ENGINE_US, Hardware, Simulation, Steady, Traffic
+from feeder.strategies.base import Strategy
+from feeder.topology import PcieLink
+
+PROMPTS = (16, 512, 4096)  # tokens
+#: Host time of one small operation where ENGINE_US was measured; other hosts are scaled by it.
+LAUNCH_US = {"cuda": 5.0, "cpu": 2.6}
+#: The engine's host time for a weight on the CPU, where a launch is also the work.
+ENGINE_CPU_US = 135.0
+#: The first prompt loads kernels: on an H100 it took so much longer than a pass.
+FIRST_PROMPT_S = 0.4
+#: Bytes that the parts beside the products move on the device, for each token and layer, by element
+#: of a hidden state and of the MLP's: norms in fp32, rotary positions, residuals; the activation.
+HIDDEN_TRAFFIC, MLP_TRAFFIC = 120, 10
+BUSY_SHARE = 0.85  # of a token: what is busy for less does not set the figure by itself
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be run: the model and the slots it gets."""
+
+    store: str
+    plan: Plan
+    sizes: Sequence[int]  # bytes of each weight in its slot
+    traffic: Traffic
+    config: Mapping[str, Any]
+    capacity: Capacity
+    all_fit: bool  # whether every weight would find a slot if the cache allowed it
+    beside: str = ""  # what both processes take of the device beside the slots, part by part
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What it runs on. ``far_share``: of the host store, beyond the GPU's NUMA node."""
+
+    device: str  # cuda or cpu
+    measured: Measured | None
+    pcie: PcieLink | None = None
+    node: int | None = None
+    far_share: float | None = None
+    mps: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``ttft_s``: by tokens of the prompt, of an engine that has answered before."""
+
+    steady: Steady
+    ttft_s: Mapping[int, float]
+    engine_s: float
+
+    @property
+    def latency_bound(self) -> bool:
+        """Nothing is busy throughout: slots are too few, and the parts wait for each other."""
+        return self.limit[1] < BUSY_SHARE and bool(self.steady.streamed)
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """What is busy longest, and for which share of a token."""
+        steady = self.steady
+        busy = {
+            "the link": steady.link_s,
+            "device memory": steady.device_s,
+            "host time of the engine": steady.host_s,
+        }
+        name = max(busy, key=lambda part: busy[part])
+        return name, min(1.0, busy[name] / steady.seconds)
+
+
+def hardware(around: Surroundings, staging_bytes: int) -> Hardware:
+    """The simulation's figures of this machine. Only where it was measured."""
+    measured = around.measured
+    assert measured is not None
+    engine_us = ENGINE_US if around.device == "cuda" else ENGINE_CPU_US
+    slower = measured.launch_s * 1e6 / LAUNCH_US[around.device]
+    return Hardware(
+        link=measured.link,
+        device=measured.device,
+        matmul=measured.matmul,
+        engine_s=engine_us * 1e-6 * slower,
+        staging_bytes=staging_bytes,
+        dequantize=measured.dequantize,
+    )
+
+
+def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:
+    """``strategy``: a fresh one, which the simulation may use up."""
+    scheduler = Scheduler(subject.plan, subject.sizes, subject.capacity, strategy)
+    simulation = Simulation(scheduler, subject.traffic, machine)
+    simulation.attach()
+    steady = simulation.steady()
+    ttft_s = {}
+    for tokens in PROMPTS:
+        beside = beside_products_s(subject.config, tokens, machine)
+        simulation.idle()
+        ttft_s[tokens] = simulation.run(1, tokens) + beside
+    return Forecast(steady, ttft_s, machine.engine_s)
+
+
+def beside_products_s(config: Mapping[str, Any], tokens: int, machine: Hardware) -> float:
+    """Device time of a prefill of ``tokens`` that is spent on attention, norms and activations.
+
+    Attention counts as if it were not causal, since it runs at about half the speed of a product.
+    """
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    attention = 4 * tokens**2 * hidden * layers / machine.matmul
+    elements = HIDDEN_TRAFFIC * hidden + MLP_TRAFFIC * config["intermediate_size"]
+    return attention + tokens * layers * elements / machine.device
