@@ -174,8 +174,9 @@ class Fed:
         model_lock.acquire()  # the feeder then reckons with our memory as taken
 
     def _disconnect(self) -> None:
-        if getattr(self, "step", None) is not None:
-            self.step.rest()
+        step = getattr(self, "step", None)
+        if step is not None:
+            step.rest()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # slots go back only when no kernel reads them
         self.client.close()
