@@ -16,7 +16,7 @@ import triton.language as tl
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
-from common.formats import RUN
+from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed import Packed
@@ -367,10 +367,10 @@ def _check_weight(x: torch.Tensor, weight: Packed) -> None:
     elements, columns = weight.shape[0] * weight.shape[1], x.shape[1]
     found = (weight.codes.dtype, weight.codes.numel(), weight.scales.dtype, weight.scales.numel())
     expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
-    if found != expected or weight.shape[1] != columns or columns % RUN:
+    if found != expected or weight.shape[1] != columns or not packable(weight.shape):
         raise ValueError(
-            f"a weight of {weight.shape} is {found}: expected {expected}, and {columns} columns,"
-            f" a multiple of {RUN}"
+            f"a weight of {weight.shape} is {found}: expected {expected}, {columns} columns, a"
+            f" multiple of {RUN}, and rows in sixteens"
         )
     if weight.codes.data_ptr() % 16 or weight.codes.device != x.device:
         raise ValueError("codes must be 16-byte aligned and on the device of x")
