@@ -26,7 +26,7 @@ import torch
 from bench.ceilings import device_bytes_per_s
 from bench.record import finish
 from common.blocks import code_bytes, packed_bytes, scale_count
-from engine.packed import Packed
+from engine.packed_weight import Packed
 from engine.w4a16 import (
     Epilogue,
     OneTokenCut,

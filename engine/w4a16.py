@@ -19,7 +19,7 @@ from common.dequantize import interpreted
 from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
-from engine.packed import Packed
+from engine.packed_weight import Packed
 
 MAX_WEIGHTS = 3
 
