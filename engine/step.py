@@ -117,6 +117,13 @@ class Step:
         )
         self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
         self._warm = False
+        self._tiles = 1
+
+    @property
+    def useful(self) -> bool:
+        """Whether weights are packed now. With dequantized ones a token takes transformers' own forward
+        pass, which multiplies with them to the last bit as the plain model does."""
+        return self._client.packed
 
     @property
     def graphed(self) -> bool:
@@ -131,6 +138,13 @@ class Step:
             raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
         self._token.copy_(token)
         self._position.fill_(length)
+        tiles = (
+            1  # of a chunk of the past: by the position alone, as the order of sums depends on it
+        )
+        while length >= TILE_TOKENS * tiles * MAX_CHUNKS:
+            tiles *= 2
+        if tiles != self._tiles:
+            self._tiles, self._graph = tiles, None
         self._prepare(layers)
         if self._warm and self._hold():
             self._replay(layers)
@@ -268,15 +282,13 @@ class Step:
 
     def _attend(self, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
-        tiles = 1
-        while past.capacity > TILE_TOKENS * tiles * MAX_CHUNKS:
-            tiles *= 2
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
             "num_warps": 4, "launch_pdl": self._pdl,
         }  # fmt: skip
-        chunks = triton.cdiv(past.capacity, TILE_TOKENS * tiles)
+        tiles = self._tiles
+        chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
         attention_kernel[(self._kv, chunks)](
             self._qkv, *self._tables, *past.memory, self._position, self._partial, self._peaks,
             past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles, **shape,
