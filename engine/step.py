@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from common.formats import PACKED
 from engine.cache import PastLayer, past
 from engine.client import WeightClient
+from engine.cuts import one_token_cut
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -116,8 +117,9 @@ class Step:
             None  # of the cache it writes
         )
         self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
-        self._warm = False
-        self._tiles = 1
+        self._tiles = 1  # of a chunk of the past
+        self._loaded = False  # whether every kernel of a held token has run once
+        self._reserve()
 
     @property
     def useful(self) -> bool:
@@ -138,19 +140,21 @@ class Step:
             raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
         self._token.copy_(token)
         self._position.fill_(length)
-        tiles = (
-            1  # of a chunk of the past: by the position alone, as the order of sums depends on it
-        )
+        tiles = 1  # by the position alone: the order of attention's sums depends on it
         while length >= TILE_TOKENS * tiles * MAX_CHUNKS:
             tiles *= 2
         if tiles != self._tiles:
-            self._tiles, self._graph = tiles, None
+            self._tiles, self._graph, self._loaded = tiles, None, False
         self._prepare(layers)
-        if self._warm and self._hold():
-            self._replay(layers)
-        else:
+        if not self._hold():
             self._run(layers)
-            self._warm = True
+        else:
+            self._client.used(len(self._linears))
+            if self._loaded:
+                self._replay(layers)
+            else:  # a kernel cannot be compiled, nor loaded, while a graph is captured
+                self._run(layers)
+                self._loaded = True
         for layer in layers:
             layer.set_length(length + 1)
         return self._logits
@@ -194,7 +198,6 @@ class Step:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._run(layers)
             self._graph_memory = memory
-        self._client.used(len(self._linears))
         self._graph.replay()
 
     # The token ---------------------------------------------------------------------------------
@@ -337,6 +340,17 @@ class Step:
                 self._client.release(lease)
 
     # Memory ------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Scratch for every product, together or one by one: it must not be allocated in a graph."""
+        groups = [[self._head]] if isinstance(self._head, FedLinear) else []
+        for layer in self._layers[:1]:
+            groups += [layer.attention, [layer.out], layer.gated, [layer.down]]
+        for group in groups:
+            rows = tuple(linear.out_features for linear in group)
+            for some in (rows, *((count,) for count in rows)):
+                cut = one_token_cut(some, group[0].in_features)
+                self._scratch.hold(cut.split * sum(some), sum(some))
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)
