@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.checksum import checksum
 from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.step import Step
 
 
 class Decoder:
@@ -22,9 +25,20 @@ class Decoder:
     is all the same to the bytes that move. ConfigError if the model cannot count so far.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int, new_tokens: int, context: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompt_tokens: int,
+        new_tokens: int,
+        context: int = 0,
+        step: Step | None = None,
+    ) -> None:
+        """``step``: takes the tokens after the prompt, as it does in an engine."""
         from transformers import DynamicCache  # slow: a feeder that loads should not wait for it
 
+        from engine.cache import make_cache
+
+        self._step = step
         self._model, self._device = model, model.device
         config = model.config
         longest, total = config.max_position_embeddings, context + prompt_tokens + new_tokens
@@ -33,7 +47,10 @@ class Decoder:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (1, prompt_tokens), generator=generator)
         self._next = ids.to(self._device)
-        self._cache = DynamicCache(config=config)
+        self._cache = (
+            DynamicCache(config=config) if step is None
+            else make_cache(config.num_hidden_layers, total)
+        )  # fmt: skip
         if context:
             self._fill(context)
         self._tokens: list[torch.Tensor] = []
@@ -42,10 +59,14 @@ class Decoder:
         """One pass (the first: of the whole prompt), seconds to its token on the device."""
         start = time.perf_counter()
         with torch.inference_mode():
-            logits = self._model(
-                input_ids=self._next, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            ).logits
-            self._next = logits[:, -1].argmax(dim=-1, keepdim=True)
+            if self._step is not None and self._next.shape[1] == 1 and self._cache.get_seq_length():
+                logits = self._step(self._next, self._cache)
+            else:
+                logits = self._model(
+                    input_ids=self._next, past_key_values=self._cache, use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]  # fmt: skip
+            self._next = logits.argmax(dim=-1, keepdim=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - start

@@ -85,6 +85,8 @@ class Fed:
 
     def swap(self, strategy: str, cache: str) -> None:
         """Other slots for the feeder. PeerError if it refuses."""
+        if self.step is not None:
+            self.step.rest()
         ask(self._name, p.Swap(strategy, cache), SWAP_PATIENCE_S)
 
     def status(self) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class Fed:
 
     def _connect(self, directory: Path, stack: ExitStack) -> None:
         from engine.model import build_model
+        from engine.step import Step, supports
 
         self.client = WeightClient(directory)
         stack.callback(self._disconnect)
@@ -165,11 +168,15 @@ class Fed:
                 torch.set_num_threads(max(1, threads - 1))
             self.dtype: torch.dtype = getattr(torch, feeder.dtype)
             self.model = build_model(self.store, self.client, self.memory, self.dtype)
+            self.step = None if supports(self.model) else Step(self.model, self.client)
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         model_lock.acquire()  # the feeder then reckons with our memory as taken
 
     def _disconnect(self) -> None:
+        step = getattr(self, "step", None)
+        if step is not None:
+            step.rest()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # slots go back only when no kernel reads them
         self.client.close()

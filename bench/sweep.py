@@ -95,7 +95,7 @@ def measure(fed: Fed, setting: Setting, effort: Effort, asked: int) -> dict[str,
     """Swap to the setting, warm up, and time tokens."""
     fed.swap(setting.strategy, setting.cache)
     fed.forget_peak()
-    decoder = Decoder(fed.model, PROMPT_TOKENS, effort.tokens + 1, setting.context)
+    decoder = Decoder(fed.model, PROMPT_TOKENS, effort.tokens + 1, setting.context, fed.step)
     decoder.step()
     before = fed.settle()
     decoder.step()  # uses up the head start that a feeder at rest has

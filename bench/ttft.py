@@ -37,7 +37,7 @@ def measure(fed: Fed, setting: Setting, prompt_tokens: int) -> dict[str, Any]:
     fed.forget_peak()
     ms, streamed = [], []
     for _ in range(1 + REPEATS):
-        decoder = Decoder(fed.model, prompt_tokens, 1, setting.context)
+        decoder = Decoder(fed.model, prompt_tokens, 1, setting.context, fed.step)
         before = fed.settle()
         ms.append(1000 * decoder.step())
         after = fed.settle()

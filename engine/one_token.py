@@ -20,21 +20,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+#: See `_spread`: what the exponent bits of the low half add to the high code, 0x4300 / 2**16 - 128 / 2**16.
+OFFSET = tl.constexpr(0.259765625)
 PLAIN = tl.constexpr(0)  # y = W x + bias
 RESIDUAL = tl.constexpr(
     1
 )  # hidden += W x; hidden times the next norm's weights, spread; squares summed
-PAGE_WORDS = tl.constexpr((2 << 20) // 4)  # of device memory
 GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 
 @triton.jit
 def _pair(word, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two codes of each word as floats, 128 + 8 too large."""
+    """Two codes of each word as floats: 136 + the low one, and what `spread_kernel` says of the high one."""
     pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308  # two bf16: 128 + (code + 8)
-    low = (pair << 16).to(tl.float32, bitcast=True)
-    high = (pair & -65536).to(tl.float32, bitcast=True)
-    return low, high
+    return (pair << 16).to(tl.float32, bitcast=True), pair.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -100,11 +99,25 @@ def _planes(planes, run, stride, RUN: tl.constexpr, EVEN: tl.constexpr):  # type
 
 @triton.jit
 def _spread(value, first, planes, words, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write ``value`` [ROWS], elements from ``first`` on (a multiple of 8), into planes [9, words]."""
-    element = first + tl.arange(0, ROWS)
-    tl.store(planes + (element % 8) * words + element // 8, value)
-    eights = tl.reshape(value, (ROWS // 8, 8))
-    tl.store(planes + 8 * words + first // 8 + tl.arange(0, ROWS // 8), tl.sum(eights, 1) * 136.0)
+    """Write ``value`` [ROWS], elements from ``first`` on (a multiple of 8), into planes [9, words].
+
+    The high code of a pair is read with the low one still in the lowest bits of its mantissa, which saves
+    an instruction a code: as 136 + high + 0.259765625 + (136 + low) / 2**16, exactly. So what the low
+    code's element is multiplied with is less by the high one's x / 2**16, and the offset is larger.
+    """
+    halves = tl.reshape(value, (ROWS // 8, 2, 4))
+    low, high = tl.split(tl.trans(halves, (0, 2, 1)))  # elements 0 to 3 of every eight, and 4 to 7
+    eights = first // 8 + tl.arange(0, ROWS // 8)
+    at = planes + tl.arange(0, 4)[None, :] * words + eights[:, None]
+    tl.store(at, low - high * 0.0000152587890625)
+    tl.store(at + 4 * words, high)
+    tl.store(planes + 8 * words + eights, _offset(low, high))
+
+
+@triton.jit
+def _offset(low, high):  # type: ignore[no-untyped-def]
+    """What the codes of a word are too large by, all together; low and high [words, 4]."""
+    return tl.sum((low + high) * 136.0 + high * OFFSET, 1)
 
 
 @triton.jit
@@ -142,10 +155,10 @@ def _end(  # type: ignore[no-untyped-def]
 def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     planes, words, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
-    sums, sum_count, eps, hidden, norm, next_planes, next_sums, warm, warm_pages,
+    sums, sum_count, eps, hidden, norm, next_planes, next_sums,
     TILE: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, WARM: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies two tiles of TILE rows with its part of K, RUNS runs of RUN (64 or 128) at a
     time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights. EVEN: K is a
@@ -165,10 +178,6 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     norm         [total]          bf16, fp16   RESIDUAL: the weights of the norm that follows
     next_planes  [9, total / 8]   fp32         RESIDUAL, GLU: the next product's x, before its norm's factor
     next_sums    [programs]       fp32         RESIDUAL: parts of the sum of hidden's squares
-
-    WARM: every page of the ``warm_pages`` from word ``warm`` on is touched, so that their addresses are
-    known to the multiprocessors when a later product reads them: a model of 16 GB is more than they keep,
-    and finding them again cost a fourth of the time, measured on an H100.
     """
     WORDS: tl.constexpr = RUN // 8
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -206,9 +215,6 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     b0, factor_b0 = _codes(words_b, scales_b, first_b, run, runs, RUN)
     a1, factor_a1 = _codes(words_a, scales_a, first_a, run + RUNS, runs, RUN)
     b1, factor_b1 = _codes(words_b, scales_b, first_b, run + RUNS, runs, RUN)
-    if WARM:
-        page = (pid * 4 + tl.arange(0, 4)) % warm_pages
-        tl.load(words + warm + page.to(tl.int64) * PAGE_WORDS, volatile=True)
     if PDL:
         gdc_wait()  # from here on what the kernel before has written is read
         gdc_launch_dependents()
@@ -261,15 +267,17 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
 
 @triton.jit
 def spread_kernel(x, planes, words, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [K] to planes [9, K / 8] in fp32. SIZE elements a program, words = K / 8."""
-    first = tl.program_id(0) * SIZE
-    at = first + tl.arange(0, SIZE)
-    value = tl.load(x + at, mask=at < words * 8, other=0.0).to(tl.float32)
-    there = at < words * 8
-    tl.store(planes + (at % 8) * words + at // 8, value, mask=there)
-    total = tl.sum(tl.reshape(value, (SIZE // 8, 8)), 1) * 136.0
-    eights = first // 8 + tl.arange(0, SIZE // 8)
-    tl.store(planes + 8 * words + eights, total, mask=eights < words)
+    """x [K] to planes [9, K / 8] in fp32, as `_spread` says. SIZE elements a program, words = K / 8."""
+    eights = tl.program_id(0) * (SIZE // 8) + tl.arange(0, SIZE // 8)
+    four = tl.arange(0, 4)
+    there = (eights < words)[:, None] & (four >= 0)[None, :]
+    at = x + eights[:, None] * 8 + four[None, :]
+    low = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(at + 4, mask=there, other=0.0).to(tl.float32)
+    to = planes + four[None, :] * words + eights[:, None]
+    tl.store(to, low - high * 0.0000152587890625, mask=there)
+    tl.store(to + 4 * words, high, mask=there)
+    tl.store(planes + 8 * words + eights, _offset(low, high), mask=eights < words)
 
 
 @triton.jit
@@ -297,100 +305,96 @@ def glu_kernel(gate, up, planes, count, SIZE: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def attention_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
-    qkv, cosines, sines, keys, values, position, planes, partial, counters, capacity, scale,
+    qkv, cosines, sines, keys, values, position, partial, peaks, capacity, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, KV: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, KV: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the query heads of one key/value head over one chunk of the past; the last to finish
-    puts the chunks together (flash-decoding, Dao et al., 2023). Rotates q and k, and writes k and v.
+    """One program: the query heads of one key/value head over one chunk of the past, TILES tiles of TILE
+    tokens (flash-decoding, Dao et al., 2023). Rotates q and k, and writes k and v to the cache.
 
     operand   shape                            dtype        layout
     qkv       [(HEADS + 2 KV) DIM]             fp32         q, k, v of the new token, not yet rotated
     cosines   [any, DIM]                       bf16, fp16   by position; sines likewise
     keys      [KV, capacity, DIM]              bf16, fp16   contiguous; values likewise
     position  [1]                              int32        of the new token: how many are in the cache
-    planes    [9, HEADS DIM / 8]               fp32         out, spread
-    partial   [KV, CHUNKS, PADDED, DIM + 2]    fp32         scratch
-    counters  [KV]                             int32        zeros, and left as zeros
+    partial   [KV, CHUNKS, PADDED, DIM]        fp32         out: of each chunk, not yet divided
+    peaks     [2, KV, PADDED, CHUNKS]          fp32         out: the largest score; the sum of weights
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     here = tl.load(position)
-    active = here // CHUNK + 1
     if PDL:
         gdc_launch_dependents()
-    if chunk < active:
+    start = chunk * TILE * TILES
+    if start <= here:
         dim, lane = tl.arange(0, DIM), tl.arange(0, PADDED)
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        past = (token < here)[:, None]
-        at = head * capacity * DIM + token[:, None] * DIM + dim[None, :]
-        key = tl.load(keys + at, mask=past, other=0.0)
-        value = tl.load(values + at, mask=past, other=0.0)
         turned = (dim + DIM // 2) % DIM
-        sign = tl.where(dim < DIM // 2, -1.0, 1.0)
         cosine = tl.load(cosines + here * DIM + dim).to(tl.float32)
-        sine = tl.load(sines + here * DIM + dim).to(tl.float32) * sign
+        sine = tl.load(sines + here * DIM + dim).to(tl.float32)
+        sine = tl.where(dim < DIM // 2, -sine, sine)
+        past = head * capacity * DIM
+        token = start + tl.arange(0, TILE)
+        at = past + token[:, None] * DIM + dim[None, :]
+        key = tl.load(keys + at, mask=(token < here)[:, None], other=0.0)
+        value = tl.load(values + at, mask=(token < here)[:, None], other=0.0)
         if PDL:
             gdc_wait()
-        row = (head * GROUP + lane)[:, None] * DIM
+        row = ((head * GROUP + lane) * DIM)[:, None]
         real = (lane < GROUP)[:, None]
-        q = tl.load(qkv + row + dim[None, :], mask=real, other=0.0)
-        q_turned = tl.load(qkv + row + turned[None, :], mask=real, other=0.0)
-        q = (q * cosine[None, :] + q_turned * sine[None, :]) * scale
+        q = tl.load(qkv + row + dim[None, :], mask=real, other=0.0) * cosine[None, :]
+        q += tl.load(qkv + row + turned[None, :], mask=real, other=0.0) * sine[None, :]
+        q = (q * scale).to(key.dtype)
         k_at = qkv + (HEADS + head) * DIM
-        k = tl.load(k_at + dim) * cosine + tl.load(k_at + turned) * sine
-        v = tl.load(qkv + (HEADS + KV + head) * DIM + dim)
-        k, v = k.to(key.dtype), v.to(value.dtype)
-        new = (token == here)[:, None]
-        key = tl.where(new, k[None, :], key)
-        value = tl.where(new, v[None, :], value)
-        if chunk == active - 1:
-            tl.store(keys + head * capacity * DIM + here * DIM + dim, k)
-            tl.store(values + head * capacity * DIM + here * DIM + dim, v)
-        scores = tl.dot(q.to(key.dtype), tl.trans(key))
-        scores = tl.where((token <= here)[None, :], scores, float("-inf"))
-        most = tl.max(scores, 1)
-        weight = tl.exp(scores - most[:, None])
-        total = tl.sum(weight, 1)
-        out = tl.dot(weight.to(value.dtype), value)
-        words = HEADS * DIM // 8
-        if active == 1:
-            out = out / total[:, None]
-            _spread_heads(out, head, planes, words, GROUP, PADDED, DIM)
-        else:
-            mine = partial + ((head * CHUNKS + chunk) * PADDED + lane) * (DIM + 2)
-            tl.store(mine[:, None] + dim[None, :], out)
-            tl.store(mine + DIM, most)
-            tl.store(mine + DIM + 1, total)
-            tl.debug_barrier()
-            if tl.atomic_add(counters + head, 1, sem="acq_rel") == active - 1:
-                tl.store(counters + head, 0)
-                most = tl.full((PADDED,), float("-inf"), tl.float32)
-                total = tl.zeros((PADDED,), tl.float32)
-                out = tl.zeros((PADDED, DIM), tl.float32)
-                for other in range(active):
-                    theirs = partial + ((head * CHUNKS + other) * PADDED + lane) * (DIM + 2)
-                    there_most = tl.load(theirs + DIM, cache_modifier=".cg")
-                    there_total = tl.load(theirs + DIM + 1, cache_modifier=".cg")
-                    there_out = tl.load(
-                        theirs[:, None] + dim[None, :], mask=real, other=0.0, cache_modifier=".cg"
-                    )
-                    largest = tl.maximum(most, there_most)
-                    ours, others = tl.exp(most - largest), tl.exp(there_most - largest)
-                    out = out * ours[:, None] + there_out * others[:, None]
-                    total = total * ours + there_total * others
-                    most = largest
-                _spread_heads(out / total[:, None], head, planes, words, GROUP, PADDED, DIM)
+        k = (tl.load(k_at + dim) * cosine + tl.load(k_at + turned) * sine).to(key.dtype)
+        v = tl.load(qkv + (HEADS + KV + head) * DIM + dim).to(value.dtype)
+        if here < start + TILE * TILES:
+            tl.store(keys + past + here * DIM + dim, k)
+            tl.store(values + past + here * DIM + dim, v)
+        most = tl.full((PADDED,), float("-inf"), tl.float32)
+        total = tl.zeros((PADDED,), tl.float32)
+        out = tl.zeros((PADDED, DIM), tl.float32)
+        for _ in range(min(TILES, (here - start) // TILE + 1)):
+            later = token + TILE
+            at = past + later[:, None] * DIM + dim[None, :]
+            next_key = tl.load(keys + at, mask=(later < here)[:, None], other=0.0)
+            next_value = tl.load(values + at, mask=(later < here)[:, None], other=0.0)
+            new = (token == here)[:, None]  # is not read from the cache: others write it just now
+            key, value = tl.where(new, k[None, :], key), tl.where(new, v[None, :], value)
+            scores = tl.dot(q, tl.trans(key))
+            scores = tl.where((token <= here)[None, :], scores, float("-inf"))
+            largest = tl.maximum(most, tl.max(scores, 1))
+            weight = tl.exp(scores - largest[:, None])
+            fade = tl.exp(most - largest)
+            total = total * fade + tl.sum(weight, 1)
+            out = out * fade[:, None] + tl.dot(weight.to(value.dtype), value)
+            most, token, key, value = largest, later, next_key, next_value
+        to = partial + (((head * CHUNKS + chunk) * PADDED + lane) * DIM)[:, None] + dim[None, :]
+        tl.store(to, out, mask=real)
+        peak = peaks + (head * PADDED + lane) * CHUNKS + chunk
+        tl.store(peak, most, mask=lane < GROUP)
+        tl.store(peak + KV * PADDED * CHUNKS, total, mask=lane < GROUP)
 
 
 @triton.jit
-def _spread_heads(  # type: ignore[no-untyped-def]
-    out, head, planes, words, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr
-):
-    """out [PADDED, DIM], of which GROUP rows count, into planes."""
-    lane, dim = tl.arange(0, PADDED), tl.arange(0, DIM)
-    element = ((head * GROUP + lane) * DIM)[:, None] + dim[None, :]
-    real = (lane < GROUP)[:, None]
-    tl.store(planes + (element % 8) * words + element // 8, out, mask=real)
-    sums = tl.sum(tl.reshape(out, (PADDED, DIM // 8, 8)), 2) * 136.0
-    eights = ((head * GROUP + lane) * (DIM // 8))[:, None] + tl.arange(0, DIM // 8)[None, :]
-    tl.store(planes + 8 * words + eights, sums, mask=real)
+def combine_kernel(  # type: ignore[no-untyped-def]
+    partial, peaks, position, planes,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, KV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program puts the chunks of one query head together. planes: fp32 [9, HEADS DIM / 8], out,
+    spread; the others as attention_kernel has them, CHUNK its TILE TILES."""
+    query = tl.program_id(0)
+    head, lane = query // GROUP, query % GROUP
+    chunk, dim = tl.arange(0, CHUNKS), tl.arange(0, DIM)
+    there = chunk <= tl.load(position) // CHUNK
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    peak = peaks + (head * PADDED + lane) * CHUNKS + chunk
+    most = tl.load(peak, mask=there, other=float("-inf"))
+    total = tl.load(peak + KV * PADDED * CHUNKS, mask=there, other=0.0)
+    at = partial + ((head * CHUNKS + chunk) * PADDED + lane)[:, None] * DIM + dim[None, :]
+    out = tl.load(at, mask=there[:, None], other=0.0)
+    weight = tl.exp(most - tl.max(most, 0))
+    result = tl.sum(out * weight[:, None], 0) / tl.sum(total * weight, 0)
+    _spread(result, query * DIM, planes, HEADS * DIM // 8, DIM)

@@ -22,11 +22,19 @@ from engine.cache import PastLayer, past
 from engine.client import WeightClient
 from engine.ledger import Lease
 from engine.linear import FedLinear
-from engine.one_token import GLU, PLAIN, RESIDUAL, attention_kernel, begin_kernel, glu_kernel
+from engine.one_token import (
+    GLU,
+    PLAIN,
+    RESIDUAL,
+    attention_kernel,
+    begin_kernel,
+    combine_kernel,
+    glu_kernel,
+)
 from engine.w4a16 import Epilogue, Scratch, multiply_one
 
 BEGIN_SIZE = 64
-MAX_CHUNKS = 32
+TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose tables do not depend on the length
 
 
@@ -93,10 +101,10 @@ class Step:
         self._planes_inner = torch.zeros((9, inner // 8), dtype=torch.float32, device=device)
         self._sums = self._vector(hidden // 8)
         self._sum_count = 0
-        self._counters = torch.zeros(self._kv, dtype=torch.int32, device=device)
         padded = max(16, triton.next_power_of_2(self._heads // self._kv))
         self._padded = padded
-        self._partial = self._vector(self._kv * MAX_CHUNKS * padded * (self._dim + 2))
+        self._partial = self._vector(self._kv * MAX_CHUNKS * padded * self._dim)
+        self._peaks = self._vector(2 * self._kv * padded * MAX_CHUNKS)
         vocabulary = config.vocab_size
         self._logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
@@ -260,16 +268,22 @@ class Step:
 
     def _attend(self, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
-        chunk = 64
-        while past.capacity > chunk * MAX_CHUNKS:
-            chunk *= 2
-        chunks = triton.cdiv(past.capacity, chunk)
+        tiles = 1
+        while past.capacity > TILE_TOKENS * tiles * MAX_CHUNKS:
+            tiles *= 2
+        shape = {
+            "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
+            "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
+            "num_warps": 4, "launch_pdl": self._pdl,
+        }  # fmt: skip
+        chunks = triton.cdiv(past.capacity, TILE_TOKENS * tiles)
         attention_kernel[(self._kv, chunks)](
-            self._qkv, *self._tables, *past.memory, self._position, self._planes_out, self._partial,
-            self._counters, past.capacity, self._dim**-0.5,
-            HEADS=self._heads, GROUP=self._heads // self._kv, PADDED=self._padded, DIM=self._dim,
-            CHUNK=chunk, CHUNKS=MAX_CHUNKS, KV=self._kv, PDL=self._pdl, num_warps=4,
-            launch_pdl=self._pdl,
+            self._qkv, *self._tables, *past.memory, self._position, self._partial, self._peaks,
+            past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles, **shape,
+        )  # fmt: skip
+        combine_kernel[(self._heads,)](
+            self._partial, self._peaks, self._position, self._planes_out,
+            CHUNK=TILE_TOKENS * tiles, **shape,
         )  # fmt: skip
 
     def _begin(self, x: torch.Tensor, norm: torch.Tensor) -> None:
@@ -281,7 +295,8 @@ class Step:
 
     def _dense(self, planes: torch.Tensor, norm: bool) -> torch.Tensor:
         """x [1, K] in the model's dtype, gathered from its planes."""
-        x = planes[:8].t().reshape(1, -1)
+        low, high = planes[:4], planes[4:8]
+        x = torch.cat([low + high / (1 << 16), high]).t().reshape(1, -1)
         if norm:
             mean = self._sums[: self._sum_count].sum() / x.numel()
             x = x * torch.rsqrt(mean + self._config.rms_norm_eps)

@@ -16,13 +16,12 @@ import triton.language as tl
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
-from common.formats import RUN
+from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed_weight import Packed
 
 MAX_WEIGHTS = 3
-PAGE_BYTES = 2 << 20  # of device memory
 
 
 @dataclass(frozen=True)
@@ -291,18 +290,17 @@ def multiply_one(
     if cut.split > 1:
         scratch.hold(cut.split * total, programs)
     sums = epilogue.sums
-    warm, pages = epilogue.warm[0], -(-epilogue.warm[1] // PAGE_BYTES)
     unused = scratch.parts if y is None else y
     one_token.product_kernel[(programs, cut.split)](
         planes, weights[0].codes.view(torch.int32), weights[0].scales,
         bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
         *places, rows[0] if glu else total, columns,
         sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
-        epilogue.planes, epilogue.next_sums, (warm - weights[0].codes.data_ptr()) // 4, pages,
+        epilogue.planes, epilogue.next_sums,
         TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
         MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, WARM=pages > 0,
+        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl,
         num_warps=cut.warps, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return programs
@@ -369,10 +367,10 @@ def _check_weight(x: torch.Tensor, weight: Packed) -> None:
     elements, columns = weight.shape[0] * weight.shape[1], x.shape[1]
     found = (weight.codes.dtype, weight.codes.numel(), weight.scales.dtype, weight.scales.numel())
     expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
-    if found != expected or weight.shape[1] != columns or columns % RUN:
+    if found != expected or weight.shape[1] != columns or not packable(weight.shape):
         raise ValueError(
-            f"a weight of {weight.shape} is {found}: expected {expected}, and {columns} columns,"
-            f" a multiple of {RUN}"
+            f"a weight of {weight.shape} is {found}: expected {expected}, {columns} columns, a"
+            f" multiple of {RUN}, and rows in sixteens"
         )
     if weight.codes.data_ptr() % 16 or weight.codes.device != x.device:
         raise ValueError("codes must be 16-byte aligned and on the device of x")
