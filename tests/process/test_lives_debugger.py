@@ -92,9 +92,9 @@ def terminal(room: Room, *command: str) -> Iterator[Terminal]:
 def debug(it: Terminal, room: Room, long_text: list[str]) -> None:
     """Break at the first product, interrupt the prompt, go on to the right text, and leave."""
     it.read_until(PROMPT)
-    said = it.answer(f"break {line_of('engine/linear.py', 'nn.functional.linear(')}")
+    said = it.answer(f"break {line_of('engine/linear.py', 'format == PACKED:')}")
     assert "Breakpoint 1 at" in said, said
-    assert "nn.functional.linear(" in it.answer("continue")
+    assert "if lease.grant.format == PACKED:" in it.answer("continue")
     assert "torch.Size([1, 4, 128])" in it.answer("p x.shape")
     feeder = lock_holder(room, "feeder")
     assert feeder is not None
@@ -114,7 +114,7 @@ def debug(it: Terminal, room: Room, long_text: list[str]) -> None:
 
 
 def test_pdb_against_a_running_feeder(room: Room, long_store: Path, long_text: list[str]) -> None:
-    feeder = room.feeder(*lives.feeder_flags(long_store, 3, slots="dequantized"))
+    feeder = room.feeder(*lives.feeder_flags(long_store, 3))
     with terminal(room, "-m", "pdb", "-m", "engine", *lives.engine_flags(TOKENS)) as it:
         debug(it, room, long_text)
     assert feeder.popen.poll() is None
@@ -123,7 +123,7 @@ def test_pdb_against_a_running_feeder(room: Room, long_store: Path, long_text: l
 
 
 def test_the_launcher_with_a_debugger(room: Room, long_store: Path, long_text: list[str]) -> None:
-    flags = [*lives.feeder_flags(long_store, 3, slots="dequantized"), *lives.engine_flags(TOKENS)]
+    flags = [*lives.feeder_flags(long_store, 3), *lives.engine_flags(TOKENS)]
     with terminal(room, "launch.py", "--debug", *flags) as it:
         debug(it, room, long_text)
         assert it.popen.returncode is not None
