@@ -79,7 +79,7 @@ class Loop:
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        if self._step is None:
+        if self._step is None or not self._step.useful:
             output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1]
         step, length = self._step, cache.get_seq_length()
