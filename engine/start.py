@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from common.config import Speculate
 from common.entry import at_last
 from common.errors import PeerError, UsageError
 from common.log import log
@@ -36,11 +37,14 @@ from engine.traced_client import ROWS, client_for
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
     from engine.generate import Generator, Sampling
     from engine.report import Report
+    from engine.speculation import Speculation
+    from engine.step import Step
 
 
 def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Answer what the flags ask. Raises WeightFeederError."""
     prompts, sampling = _prompts(arguments), _sampling(arguments)
+    Speculate.parse(arguments.speculate)
     raise_on_termination()
     if arguments.debugpy is not None:
         _wait_for_editor(arguments.debugpy)
@@ -111,7 +115,8 @@ def _generate(
     if reason:
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
-    loop = Loop(step, keeper.survive)
+    speculation = _speculation(Speculate.parse(arguments.speculate), client, store, step)
+    loop = Loop(step, keeper.survive, speculation)
     generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
     if arguments.wait_full:
         _wait_full(client)
@@ -123,7 +128,23 @@ def _generate(
         token = stack.enter_context(profiled(arguments.profile, memory.device, report.token))
         for prompt in prompts:
             _answer(prompt, generator, report, token, output, bool(arguments.prompts))
-    print_summary(report.summary(), arguments.json)
+    figures = {"speculate": "off"} if speculation is None else speculation.figures()
+    print_summary(report.summary() | figures, arguments.json)
+
+
+def _speculation(
+    asked: Speculate, client: WeightClient, store: Store, step: Step | None
+) -> Speculation | None:
+    from engine.speculation import Speculation
+
+    if asked.mode == "off":
+        return None
+    weights = range(len(store.weights))
+
+    def streams() -> bool:
+        return not (step is not None and step.graphed) and not client.stay(weights)
+
+    return Speculation(asked, streams)
 
 
 def _answer(
