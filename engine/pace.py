@@ -61,7 +61,9 @@ class Pace:
             self._wide_passes[hoped.bit_length() - 1].clear()
             return hoped
         costs = self._costs()
-        if self._best(match, len(costs) - 1, costs):  # also if the end of the text is too near for it
+        if self._best(
+            match, len(costs) - 1, costs
+        ):  # also if the end of the text is too near for it
             self._next_rest = FIRST_REST
             return self._best(match, limit, costs)
         self._rest, self._due = self._next_rest, True

@@ -115,7 +115,7 @@ def _generate(
     if reason:
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
-    speculation = _speculation(Speculate.parse(arguments.speculate), client, store, step)
+    speculation = _speculation(arguments, client, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation)
     generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
     if arguments.wait_full:
@@ -133,13 +133,15 @@ def _generate(
 
 
 def _speculation(
-    asked: Speculate, client: WeightClient, store: Store, step: Step | None
+    arguments: argparse.Namespace, client: WeightClient, count: int, step: Step | None
 ) -> Speculation | None:
+    """Nothing if none is wanted; nor, unless asked for, in a profile, which takes tokens for passes."""
     from engine.speculation import Speculation
 
-    if asked.mode == "off":
+    asked = Speculate.parse(arguments.speculate)
+    if asked.mode == "off" or (asked.mode == "auto" and arguments.profile is not None):
         return None
-    weights = range(len(store.weights))
+    weights = range(count)
 
     def streams() -> bool:
         return not (step is not None and step.graphed) and not client.stay(weights)

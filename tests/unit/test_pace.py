@@ -9,8 +9,8 @@ import pytest
 from common.config import MOST_CANDIDATES, Speculate
 from common.errors import UsageError
 from engine.lookup import Lookup
-from engine.packed import MAX_FUSED_TOKENS
 from engine.pace import LONGEST_REST
+from engine.packed import MAX_FUSED_TOKENS
 from engine.speculation import Speculation
 
 LOOKUP = Speculate.parse("lookup")
