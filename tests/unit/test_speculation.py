@@ -95,11 +95,15 @@ def steady() -> Qwen2ForCausalLM:
 def test_no_token_more_than_asked_for(steady: Qwen2ForCausalLM, limit: int) -> None:
     options = {"do_sample": False, "eos_token_id": None}
     expected = generate(steady, [5, 6, 7], loop(), max_new_tokens=60, **options)
-    speculation = lookup()
-    found = generate(steady, [5, 6, 7], loop(speculation), max_new_tokens=limit, **options)
+    watched = Watched()
+    found = generate(steady, [5, 6, 7], loop(watched), max_new_tokens=limit, **options)
     assert found == expected[:limit]
+    left = limit - 1
+    for candidates, came in watched.passes:
+        assert len(came) <= len(candidates) + 1 <= left  # no pass is wider than it can pay
+        left -= len(came)
     if limit == 60:
-        assert speculation.figures()["tokens_per_pass"] > 1.5
+        assert watched.figures()["tokens_per_pass"] > 1.5
 
 
 class Thrice(StoppingCriteria):
