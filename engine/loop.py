@@ -55,18 +55,22 @@ class Loop:
             self._speculation.begin(input_ids[0].tolist())
         logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
         try:
-            unread = state.choose(logits)
+            unread = self._choose(state, logits, cache)
             while True:
                 ahead = None
                 if self._runs_ahead and state.room > 0:
-                    ahead = state.choose(self._next(model, state.last, cache))
+                    ahead = self._choose(state, self._next(model, state.last, cache), cache)
                 if self._emit(unread, put):
+                    if ahead is not None:
+                        state.ids = state.ids[:, :-1]  # launched in vain
                     break
                 candidates = self._candidates(0 if ahead else state.room - 1)
                 if candidates:
                     unread = self._check(model, candidates, state, cache, put)
                 else:
-                    unread = ahead or state.choose(self._next(model, state.last, cache))
+                    unread = ahead or self._choose(
+                        state, self._next(model, state.last, cache), cache
+                    )
         finally:
             if self._step is not None:
                 self._step.rest()
@@ -111,28 +115,49 @@ class Loop:
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ids.shape[1]
         )
         for count, candidate in enumerate(candidates):
-            unread = state.choose(output.logits[:, count])
+            unread = self._choose(state, output.logits[:, count], cache)
             token, ended = unread.read()
             if ended or int(token) != candidate:
                 break
             self._emit(unread, put)
         else:
             count = len(candidates)
-            unread = state.choose(output.logits[:, count])
+            unread = self._choose(state, output.logits[:, count], cache)
         for layer in past(cache):
             layer.set_length(length + 1 + count)
         return unread
 
     def _cache_for(self, model: Any, tokens: int) -> DynamicCache:
         """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
-        cache = self._cache or make_cache(model.config.num_hidden_layers, tokens)
+        config = model.config
+        cache = self._cache or make_cache(
+            config.num_hidden_layers, tokens, config.max_position_embeddings
+        )
         self._cache = cache
         for layer in past(cache):
             layer.reset()
-            if layer.memory is None:
-                layer.capacity = rounded(tokens)
+            if layer.memory is None or layer.capacity < tokens:
+                layer.memory, layer.capacity = None, rounded(tokens)
         self._survive(lambda: reserve(cache, tokens), cache)
         return cache
+
+    @property
+    def kept_tokens(self) -> int:
+        """For how many tokens it has memory, which the next prompt may use."""
+        layers = past(self._cache) if self._cache else []
+        return layers[0].capacity if layers and layers[0].memory is not None else 0
+
+    def _choose(self, state: _State, logits: torch.Tensor, cache: DynamicCache) -> _Unread:
+        def attempt() -> _Unread:
+            try:
+                return state.choose(logits)
+            except torch.OutOfMemoryError:
+                if self._step is not None:
+                    self._step.rest()
+                raise
+
+        unread: _Unread = self._survive(attempt, cache)
+        return unread
 
     def _prefill(
         self, model: Any, ids: torch.Tensor, cache: DynamicCache, chunk: int | None
@@ -142,6 +167,8 @@ class Loop:
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        if self._step is not None and not self._step.useful:
+            self._step.rest()
         if self._step is None or not self._step.useful:
             output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1]
@@ -185,8 +212,10 @@ class _State:
             token = torch.multinomial(chances, num_samples=1)
         else:
             token = torch.argmax(scores, dim=-1, keepdim=True)
-        self.ids = torch.cat([self.ids, token], dim=1)
-        return _Unread(token, self._criteria(self.ids, scores))
+        ids = torch.cat([self.ids, token], dim=1)
+        unread = _Unread(token, self._criteria(ids, scores))
+        self.ids = ids
+        return unread
 
 
 class _Unread:

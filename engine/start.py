@@ -117,7 +117,11 @@ def _generate(
     step = None if reason or arguments.no_step else Step(model, client)
     speculation = _speculation(arguments, client, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation)
-    generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
+
+    def chunk(tokens: int) -> int | None:
+        return keeper.chunk(tokens, loop.kept_tokens)
+
+    generator = Generator(model, codec, sampling, arguments.raw, loop, chunk)
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client) if tracer is None else TracedReport(tracer, client, model)
