@@ -18,7 +18,7 @@ from pathlib import Path
 try:
     from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
     from common.checkpoint_fingerprint import checkpoint_fingerprint
-    from common.config import Cache, parse_size
+    from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.process import clear_run_directory, run_path
     from common.store import Store
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
+        Speculate.parse(arguments.speculate)
         with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:

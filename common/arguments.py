@@ -99,6 +99,11 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager")
         ),
+        parser.add_argument(
+            "--speculate", default="auto", metavar="auto|off|lookup[:K]",
+            help="check up to K tokens that the text so far suggests in one pass; auto (the"
+            " default): while weights are streamed",
+        ),
         parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"
@@ -114,7 +119,7 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"
         ),
-    ]
+    ]  # fmt: skip
     return [*prompts, *sampling, *run]
 
 

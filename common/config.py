@@ -1,4 +1,4 @@
-"""Values that both command lines share: sizes, caches, dtypes. Parsing and printing, nothing else."""
+"""Values of the command lines: sizes, caches, dtypes, speculation. Parsing and printing, nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from common.errors import UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = ("auto", "packed", "dequantized")
+#: With the token that is known, 16 a pass: the kernels cost as much for these as for one.
+MOST_CANDIDATES = 15
 
 _UNITS = {
     "B": 1,
@@ -81,3 +83,35 @@ class Cache:
         if self.size_bytes is not None:
             return f"{self.size_bytes}B"
         return "-1" if self.count is None else str(self.count)
+
+
+@dataclass(frozen=True)
+class Speculate:
+    """``--speculate``: ``mode`` is off, lookup, or auto: lookup while weights are streamed.
+
+    ``most``: candidates that a pass checks at most, beside the token it is made for.
+    """
+
+    mode: str = "auto"
+    most: int = MOST_CANDIDATES
+
+    @classmethod
+    def parse(cls, text: str) -> Speculate:
+        """From ``off``, ``auto``, ``lookup`` or ``lookup:4``. UsageError for anything else."""
+        match = re.fullmatch(r"(off|auto|lookup)|lookup:(\d{1,9})", text.strip().lower())
+        if match is None:
+            raise UsageError(
+                f"speculate {text!r} is not understood: give auto, off, lookup, or lookup:K"
+            )
+        if match[2] is None:
+            return cls(match[1])
+        most = int(match[2])
+        if not 1 <= most <= MOST_CANDIDATES:
+            raise UsageError(
+                f"speculate {text!r}: a pass checks from 1 to {MOST_CANDIDATES} candidates:"
+                f" give lookup:1 to lookup:{MOST_CANDIDATES}"
+            )
+        return cls("lookup", most)
+
+    def __str__(self) -> str:
+        return self.mode if self.most == MOST_CANDIDATES else f"{self.mode}:{self.most}"

@@ -125,6 +125,11 @@ class WeightClient:
                 return None  # in verify mode each use is checked
             return self._ledger.take_all(weights)
 
+    def stay(self, weights: Sequence[int]) -> bool:
+        """Whether all ``weights`` are granted until they are revoked, by what has been read so far."""
+        with self._lock:
+            return self._ledger.standing(weights)
+
     def recalled(self, leases: Iterable[Lease]) -> bool:
         """Whether the feeder wants any of these held leases back, or is gone: release them."""
         with self._lock:

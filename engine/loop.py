@@ -3,11 +3,15 @@
 Handed to ``generate`` as its ``custom_generate``, which prepares logits processors and stopping criteria
 from the generation config. While the whole token is one CUDA graph the next one is launched before this
 one has been read, so that the GPU does not wait for the host; when the text ends there, that launch was
-for nothing. With streamed weights, where a token costs a pass over the link, nothing is launched in vain.
+for nothing. With streamed weights, where a token costs a pass over the link, nothing is launched in vain;
+there a pass takes candidates for the tokens that follow along, if there are any. What their logits choose
+is chosen in the same way, one after the other: a candidate that is not what is chosen, and all after it,
+were for nothing. So the text does not depend on candidates; docs/speculation.md has the argument.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from engine.cache import make_cache, past, reserve, rounded
+from engine.speculation import Speculation
 from engine.step import Step
 
 Survive = Callable[[Callable[[], Any], DynamicCache], Any]
@@ -22,10 +27,13 @@ Survive = Callable[[Callable[[], Any], DynamicCache], Any]
 
 class Loop:
     """``step``: takes single tokens, if the model can be stepped through. ``survive``: makes a call,
-    again if memory ran out in it and could be had."""
+    again if memory ran out in it and could be had. ``speculation``: proposes candidates, if any are
+    wanted."""
 
-    def __init__(self, step: Step | None, survive: Survive) -> None:
-        self._step, self._survive = step, survive
+    def __init__(
+        self, step: Step | None, survive: Survive, speculation: Speculation | None = None
+    ) -> None:
+        self._step, self._survive, self._speculation = step, survive, speculation
         self._cache: DynamicCache | None = None
 
     def __call__(
@@ -43,24 +51,81 @@ class Loop:
         rest is what ``generate`` gives its decoding methods."""
         cache = self._cache_for(model, input_ids.shape[1] + 1)
         state = _State(input_ids, logits_processor, stopping_criteria, generation_config.do_sample)
+        if self._speculation is not None:
+            self._speculation.begin(input_ids[0].tolist())
         logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
         try:
             unread = self._choose(state, logits, cache)
             while True:
                 ahead = None
-                if self._step is not None and self._step.graphed and not state.full:
+                if self._runs_ahead and state.room > 0:
                     ahead = self._choose(state, self._next(model, state.last, cache), cache)
-                token, ended = unread.read()
-                put(token)
-                if ended:
+                if self._emit(unread, put):
                     if ahead is not None:
                         state.ids = state.ids[:, :-1]  # launched in vain
                     break
-                unread = ahead or self._choose(state, self._next(model, state.last, cache), cache)
+                candidates = self._candidates(0 if ahead else state.room - 1)
+                if candidates:
+                    unread = self._check(model, candidates, state, cache, put)
+                else:
+                    unread = ahead or self._choose(
+                        state, self._next(model, state.last, cache), cache
+                    )
         finally:
             if self._step is not None:
                 self._step.rest()
+            if self._speculation is not None:
+                self._speculation.end()
         return state.ids
+
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether the next token is launched before this one has been read."""
+        if self._step is None or not self._step.graphed:
+            return False
+        return self._speculation is None or self._speculation.resting
+
+    def _emit(self, unread: _Unread, put: Callable[[torch.Tensor], object]) -> bool:
+        """Hand the token on; whether it is the last."""
+        token, ended = unread.read()
+        put(token)
+        if self._speculation is not None:
+            self._speculation.add(int(token))
+        return ended
+
+    def _candidates(self, limit: int) -> list[int]:
+        return [] if self._speculation is None else self._speculation.propose(limit)
+
+    def _check(
+        self,
+        model: Any,
+        candidates: list[int],
+        state: _State,
+        cache: DynamicCache,
+        put: Callable[[torch.Tensor], object],
+    ) -> _Unread:
+        """One pass over the newest token and the candidates. Emits those that are what is chosen; the
+        choice that follows them, or ends the text, is left to be read."""
+        if self._step is not None:
+            self._step.rest()  # who holds leases must not wait for others
+        length = cache.get_seq_length()
+        self._survive(lambda: reserve(cache, length + 1 + len(candidates)), cache)
+        ids = torch.cat([state.last, state.ids.new_tensor([candidates])], dim=1)
+        output = model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ids.shape[1]
+        )
+        for count, candidate in enumerate(candidates):
+            unread = self._choose(state, output.logits[:, count], cache)
+            token, ended = unread.read()
+            if ended or int(token) != candidate:
+                break
+            self._emit(unread, put)
+        else:
+            count = len(candidates)
+            unread = self._choose(state, output.logits[:, count], cache)
+        for layer in past(cache):
+            layer.set_length(length + 1 + count)
+        return unread
 
     def _cache_for(self, model: Any, tokens: int) -> DynamicCache:
         """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
@@ -127,7 +192,7 @@ class _State:
     def __init__(self, ids: torch.Tensor, processor: Any, criteria: Any, sample: bool) -> None:
         self.ids = ids
         self._processor, self._criteria, self._sample = processor, criteria, sample
-        self._max_length = criteria.max_length
+        self._max_length = sys.maxsize if criteria.max_length is None else criteria.max_length
 
     @property
     def last(self) -> torch.Tensor:
@@ -135,9 +200,9 @@ class _State:
         return self.ids[:, -1:]
 
     @property
-    def full(self) -> bool:
-        """Whether no token may follow."""
-        return self._max_length is not None and self.ids.shape[1] >= self._max_length
+    def room(self) -> int:
+        """How many tokens may follow, at most."""
+        return self._max_length - self.ids.shape[1]
 
     def choose(self, logits: torch.Tensor) -> _Unread:
         """Queue the choice of the token that follows; on CUDA the host does not wait for it."""

@@ -113,9 +113,23 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
         f" at {summary['link_gb_per_s']:.2f} GB/s, stalled {100 * summary['stall_share']:.0f} %;"
         f" peak device memory {format_bytes(summary['peak_bytes'])}"
         f" (engine {format_bytes(summary['engine_peak_bytes'])},"
-        f" feeder {format_bytes(summary['feeder_peak_bytes'])})",
+        f" feeder {format_bytes(summary['feeder_peak_bytes'])})"
+        f"{_speculation(summary)}",
         file=sys.stderr,
         flush=True,
+    )
+
+
+def _speculation(summary: dict[str, Any]) -> str:
+    """What candidates brought, if any were checked."""
+    if not summary.get("candidates"):
+        return ""
+    saved = summary["saved_s"]
+    resting = ", which does not pay here and rests" if summary["speculation_resting"] else ""
+    return (
+        f"; lookup{resting}: {summary['tokens_per_pass']:.2f} tokens a pass,"
+        f" {100 * summary['acceptance']:.0f} % of {summary['candidates']} candidates accepted,"
+        f" about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from common.config import Speculate
 from common.entry import at_last
 from common.errors import PeerError, UsageError
 from common.log import log
@@ -36,11 +37,14 @@ from engine.traced_client import ROWS, client_for
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
     from engine.generate import Generator, Sampling
     from engine.report import Report
+    from engine.speculation import Speculation
+    from engine.step import Step
 
 
 def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Answer what the flags ask. Raises WeightFeederError."""
     prompts, sampling = _prompts(arguments), _sampling(arguments)
+    Speculate.parse(arguments.speculate)
     raise_on_termination()
     if arguments.debugpy is not None:
         _wait_for_editor(arguments.debugpy)
@@ -111,7 +115,8 @@ def _generate(
     if reason:
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
-    loop = Loop(step, keeper.survive)
+    speculation = _speculation(arguments, client, len(store.weights), step)
+    loop = Loop(step, keeper.survive, speculation)
 
     def chunk(tokens: int) -> int | None:
         return keeper.chunk(tokens, loop.kept_tokens)
@@ -127,7 +132,25 @@ def _generate(
         token = stack.enter_context(profiled(arguments.profile, memory.device, report.token))
         for prompt in prompts:
             _answer(prompt, generator, report, token, output, bool(arguments.prompts))
-    print_summary(report.summary(), arguments.json)
+    figures = {"speculate": "off"} if speculation is None else speculation.figures()
+    print_summary(report.summary() | figures, arguments.json)
+
+
+def _speculation(
+    arguments: argparse.Namespace, client: WeightClient, count: int, step: Step | None
+) -> Speculation | None:
+    """Nothing if none is wanted; nor, unless asked for, in a profile, which takes tokens for passes."""
+    from engine.speculation import Speculation
+
+    asked = Speculate.parse(arguments.speculate)
+    if asked.mode == "off" or (asked.mode == "auto" and arguments.profile is not None):
+        return None
+    weights = range(count)
+
+    def streams() -> bool:
+        return not (step is not None and step.graphed) and not client.stay(weights)
+
+    return Speculation(asked, streams)
 
 
 def _answer(

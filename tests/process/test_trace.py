@@ -33,6 +33,7 @@ from tests.traces import (
 def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path, slots: str) -> None:
     path = tmp_path / "trace.json"
     flags = ("--model", demo_store, "--cache=9", f"--slots={slots}", "--json")
+    flags += ("--speculate=off",)  # a pass for each token
     ended = room.launch(*flags, f"--trace={path}").wait()
     assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
     summary, events = summary_of(ended), strictly(path)
@@ -84,6 +85,7 @@ def test_the_demo_with_a_trace(room: Room, demo_store: Path, tmp_path: Path, slo
 def test_the_text_and_the_figures_of_timeline(room: Room, demo_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     flags = ("--model", demo_store, "--cache=12", "--slots=dequantized", "--strategy=resident")
+    flags += ("--speculate=off",)
     ended = room.launch(*flags, f"--trace={path}").wait()
     assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
     trace = Trace(strictly(path))

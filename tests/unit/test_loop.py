@@ -35,6 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen2ForCausalLM:
 class Eager:
     """Takes single tokens as a step does, by the model itself; ``graphed``: invites to run ahead."""
 
+    useful = True
+
     def __init__(self, model: Any, graphed: Iterator[bool]) -> None:
         self._model, self._graphed = model, graphed
         self.lengths: list[int] = []

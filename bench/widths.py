@@ -1,0 +1,101 @@
+"""What a pass over several tokens costs against a pass of one: ``python -m bench.widths``.
+
+The passes of an engine that decodes: one token takes the step, if there is one, more take the model's
+forward, over the same past. Widths take turns, so that none has the link to itself. docs/speculation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.fed import Fed
+from bench.source import Source
+from common.arguments import Parser
+from common.config import MOST_CANDIDATES
+from common.entry import run_process
+from common.errors import UsageError
+from common.process import Leash
+
+WIDTHS = (1, 2, 4, 8, 16)
+WARM_UP = 2
+
+
+def measure(fed: Fed, past_tokens: int, rounds: int) -> dict[int, list[float]]:
+    """Milliseconds of passes, by how many tokens they are over, after a prompt of ``past_tokens``."""
+    from engine.cache import make_cache, past
+
+    model: Any = fed.model
+    count = model.config.vocab_size
+    cache = make_cache(model.config.num_hidden_layers, past_tokens + max(WIDTHS))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(count, (1, past_tokens + max(WIDTHS)), generator=generator)
+    ids = ids.to(model.device)
+    found: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    with torch.inference_mode():
+        named = {"past_key_values": cache, "use_cache": True}
+        model(input_ids=ids[:, :past_tokens], logits_to_keep=1, **named)
+        for turn in range(WARM_UP + rounds):
+            for width in WIDTHS:
+                start = time.perf_counter()
+                tokens = ids[:, past_tokens : past_tokens + width]
+                if width == 1 and fed.step is not None and fed.step.useful:
+                    logits = fed.step(tokens, cache)
+                else:
+                    logits = model(input_ids=tokens, logits_to_keep=width, **named).logits
+                logits.argmax(-1).tolist()  # waits
+                if turn >= WARM_UP:
+                    found[width].append(1000 * (time.perf_counter() - start))
+                if fed.step is not None:
+                    fed.step.rest()
+                for layer in past(cache):
+                    layer.set_length(past_tokens)
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    least = {"rounds": 1, "context": 1}
+    for name, lowest in least.items():
+        if getattr(arguments, name) < lowest:
+            raise UsageError(f"--{name} {getattr(arguments, name)}: expected at least {lowest}")
+    with Source(arguments.store, arguments.shape, torch.cuda.is_available()) as source:
+        with Fed(source.store(), arguments.device, arguments.slots) as fed:
+            fed.swap("resident", arguments.cache)
+            found = measure(fed, arguments.context, arguments.rounds)
+        one = median(found[1])
+        for width, ms in found.items():
+            ratio = median(ms) / one
+            line = f"{width:2} tokens: {median(ms):8.2f} ms a pass, {ratio:.3f} of a pass of one"
+            print(line, file=sys.stderr, flush=True)
+        figures = {
+            width: {"ms": median(ms), "ratio": median(ms) / one} for width, ms in found.items()
+        }
+        print(json.dumps({"model": source.name, "cache": arguments.cache, "widths": figures}))
+
+
+def main(argv: list[str]) -> int:
+    assert WIDTHS[-1] == MOST_CANDIDATES + 1
+    parser = Parser(prog="python -m bench.widths", description="Passes over 1 to 16 tokens, timed.")
+    parser.add_argument("--store", metavar="STORE", help="measure this store")
+    parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
+    parser.add_argument("--cache", default="16", metavar="N|SIZE")
+    parser.add_argument("--slots", default="packed", choices=("packed", "dequantized"))
+    parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of the past")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    arguments = parser.parse_args(argv)
+
+    def work(leash: Leash) -> None:
+        run(arguments)
+
+    return run_process("bench", False, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
