@@ -115,7 +115,7 @@ def _generate(
     if reason:
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
-    speculation = _speculation(arguments, client, len(store.weights), step)
+    speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation)
 
     def chunk(tokens: int) -> int | None:
@@ -137,13 +137,21 @@ def _generate(
 
 
 def _speculation(
-    arguments: argparse.Namespace, client: WeightClient, count: int, step: Step | None
+    arguments: argparse.Namespace,
+    client: WeightClient,
+    device: torch.device,
+    count: int,
+    step: Step | None,
 ) -> Speculation | None:
     """Nothing if none is wanted; nor, unless asked for, in a profile, which takes tokens for passes."""
     from engine.speculation import Speculation
 
     asked = Speculate.parse(arguments.speculate)
     if asked.mode == "off" or (asked.mode == "auto" and arguments.profile is not None):
+        return None
+    if asked.mode == "auto" and device.type != "cpu":
+        # A pass over several tokens rounds otherwise than passes over one do there, and which tokens
+        # go together depends on the pace: by itself no run may depend on that.
         return None
     weights = range(count)
 

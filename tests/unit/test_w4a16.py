@@ -104,7 +104,7 @@ def several_tokens() -> int:
                 expected += bias.double()
             scratch = Scratch(CPU)
             y = torch.full((count, sum(rows)), torch.nan)
-            cut = TokensCut(16, split, 4, 3)
+            cut = TokensCut(16, split, True, 4, 3)
             multiply_tokens(spread(x), count, weights, bias, y, scratch, cut=cut)
             close(y, expected, ("several tokens", columns, rows, count, split))
             assert not scratch.counters.any()
