@@ -68,7 +68,7 @@ def quantize_checkpoint(
         method=method,
     )
     places = sorted(checkpoint.places.values(), key=lambda place: (place.file, place.offset))
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     total_bytes = sum(place.spec.bytes for place in places)
     with writer, show_progress(total_bytes, "quantizing", enabled=progress) as bar:
         for place in places:
@@ -86,7 +86,7 @@ def quantize_checkpoint(
     return Store.open(store_dir)
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """The torch device that `device` names. Raises UsageError if there is no such device."""
     import torch
 
