@@ -21,18 +21,23 @@ _CPU_BLOCKS = 1 << 11
 _GPU_BLOCKS = 1 << 15
 _LEAST_POWER = 2.0**-126  # the smallest normal number, and so that its reciprocal is finite
 
-# The loss of residuals [G, 128], in place or not, as terms whose sum is to be least.
+# Residuals [G, 128] to the terms whose weighted sum is to be least; it may work in place.
 Loss = Callable[[torch.Tensor], torch.Tensor]
+# Values [G, 128] to how much the error of each counts, [G, 128].
+Weighting = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Candidates:
     """Blocks [G, 128], the best scales found for them so far, and how bad those are.
 
     ``values``: fp32, each block times a power of two. ``scales``: fp32 [G, 1], times the same.
+    Without a weighting all values count the same.
     It begins with the scales of the reference rule, so what is found is never worse.
     """
 
-    def __init__(self, blocks: torch.Tensor, loss: Loss) -> None:
+    def __init__(
+        self, blocks: torch.Tensor, loss: Loss, weighting: Weighting | None = None
+    ) -> None:
         largest = finite_absmax(blocks)
         bits = largest.view(torch.int16) & 0x7F80  # the exponent alone: a power of two, or 0
         power = bits.view(torch.bfloat16).to(torch.float32)[:, None]
@@ -40,6 +45,7 @@ class Candidates:
         self._inverse = 1 / self._power
         self._loss = loss
         self.values = blocks.to(torch.float32) * self._inverse
+        self._weights = None if weighting is None else weighting(self.values)
         self.largest = largest.to(torch.float32)[:, None] * self._inverse
         _, reference = absmax(blocks)
         self.scales = reference.to(torch.float32)[:, None] * self._inverse
@@ -64,7 +70,8 @@ class Candidates:
 
     def best_for(self, codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The scales [G, 1] with the least squares for given codes [G, 128]; NaN if all are 0."""
-        return total(values * codes) / total(codes * codes)
+        weighted = codes if self._weights is None else codes * self._weights
+        return total(values * weighted) / total(codes * weighted)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes int8 [G, 128] and scales bf16 [G]."""
@@ -75,7 +82,8 @@ class Candidates:
 
     def _loss_of(self, scales: torch.Tensor) -> torch.Tensor:
         residuals = self.codes(scales).mul_(scales).sub_(self.values)
-        return total(self._loss(residuals))
+        terms = self._loss(residuals)
+        return total(terms if self._weights is None else terms.mul_(self._weights))
 
 
 def total(terms: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from common.int4 import Rule
 
 METHODS = {
-    "search": "per block, the sign and the scale with the least squared error",
+    "weighted": "per block, the sign and scale with the least squared error, large values counting more",
+    "search": "the same, all values counting alike",
     "hqq": "per block, half-quadratic steps to the least sum of square roots of the errors",
     "absmax": "the largest magnitude over 7",
 }
-DEFAULT = "search"
+DEFAULT = "weighted"
 
 
 def rule(method: str) -> Rule:
@@ -31,6 +32,10 @@ def rule(method: str) -> Rule:
         from feeder.search import search
 
         return search
+    if method == "weighted":
+        from feeder.search import weighted
+
+        return weighted
     if method == "hqq":
         from feeder.hqq import hqq
 
