@@ -19,6 +19,7 @@ from common.int4 import absmax, finite_absmax
 # Blocks worked on at once: what a search reads again and again should stay in a cache.
 _CPU_BLOCKS = 1 << 11
 _GPU_BLOCKS = 1 << 15
+_SMALLEST = 2.0**-133  # of the positive numbers of bf16
 _LEAST_POWER = 2.0**-126  # the smallest normal number, and so that its reciprocal is finite
 
 # Residuals [G, 128] to the terms whose weighted sum is to be least; it may work in place.
@@ -50,6 +51,9 @@ class Candidates:
         _, reference = absmax(blocks)
         self.scales = reference.to(torch.float32)[:, None] * self._inverse
         self.losses = self._loss_of(self.scales)
+        # What is worth trying for a block of the smallest numbers may round to 0, as the reference
+        # does; the smallest scale then holds them.
+        self.try_scales(torch.full_like(self.scales, _SMALLEST) * self._inverse)
 
     def codes(self, scales: torch.Tensor) -> torch.Tensor:
         """The nearest codes under ``scales`` [G, 1], as fp32 [G, 128]; 0 where a scale is 0."""

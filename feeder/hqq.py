@@ -14,7 +14,7 @@ from feeder.candidates import Candidates, in_parts, joined
 
 _STEPS = 20
 _BETA, _BETA_GROWTH = 10.0, 1.01  # the weight of the quadratic half, in units of the scale
-_STARTS = (7.0, -8.0)  # absmax over these: the reference rule, and the sign that reaches -8
+_STARTS = (7.0, 8.0, -8.0)  # absmax over these: the reference rule, and the two that reach -8
 
 
 def hqq(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
