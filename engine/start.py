@@ -112,7 +112,11 @@ def _generate(
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
     loop = Loop(step, keeper.survive)
-    generator = Generator(model, codec, sampling, arguments.raw, loop, keeper.chunk)
+
+    def chunk(tokens: int) -> int | None:
+        return keeper.chunk(tokens, loop.kept_tokens)
+
+    generator = Generator(model, codec, sampling, arguments.raw, loop, chunk)
     if arguments.wait_full:
         _wait_full(client)
     report = Report(client) if tracer is None else TracedReport(tracer, client, model)

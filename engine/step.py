@@ -8,7 +8,8 @@ CUDA graph: no message, no allocation, one launch. A revoked grant drops the gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import DynamicCache
 from common.formats import PACKED
 from engine.cache import PastLayer, past
 from engine.client import WeightClient
+from engine.cuts import one_token_cut
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -116,7 +118,15 @@ class Step:
             None  # of the cache it writes
         )
         self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
-        self._warm = False
+        self._tiles = 1  # of a chunk of the past
+        self._loaded = False  # whether every kernel of a held token has run once
+        self._reserve()
+
+    @property
+    def useful(self) -> bool:
+        """Whether weights are packed now. With dequantized ones a token takes transformers' own forward
+        pass, which multiplies with them to the last bit as the plain model does."""
+        return self._client.packed
 
     @property
     def graphed(self) -> bool:
@@ -131,12 +141,21 @@ class Step:
             raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
         self._token.copy_(token)
         self._position.fill_(length)
+        tiles = 1  # by the position alone: the order of attention's sums depends on it
+        while length >= TILE_TOKENS * tiles * MAX_CHUNKS:
+            tiles *= 2
+        if tiles != self._tiles:
+            self._tiles, self._graph, self._loaded = tiles, None, False
         self._prepare(layers)
-        if self._warm and self._hold():
-            self._replay(layers)
-        else:
+        if not self._hold():
             self._run(layers)
-            self._warm = True
+        else:
+            self._client.used(len(self._linears))
+            if self._loaded:
+                self._replay(layers)
+            else:  # a kernel cannot be compiled, nor loaded, while a graph is captured
+                self._run(layers)
+                self._loaded = True
         for layer in layers:
             layer.set_length(length + 1)
         return self._logits
@@ -164,7 +183,8 @@ class Step:
         self._held = {lease.grant.weight: lease for lease in leases}
         grants = [(id(x.mapping), x.grant.offset_bytes, x.grant.generation) for x in leases]
         if grants != self._graph_grants:
-            self._graph, self._graph_grants = None, grants
+            # Distances between weights are arguments, and large ones take another variant of a kernel.
+            self._graph, self._loaded, self._graph_grants = None, False, grants
         return True
 
     def _drop(self) -> None:
@@ -175,12 +195,11 @@ class Step:
     def _replay(self, layers: Sequence[PastLayer]) -> None:
         memory = layers[0].memory  # all layers get theirs together
         if self._graph is None or memory is not self._graph_memory:
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # The keeper of the client may ask after events meanwhile: that is no part of this.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run(layers)
-            self._graph_memory = memory
-        self._client.used(len(self._linears))
+            self._graph, self._graph_memory = graph, memory
         self._graph.replay()
 
     # The token ---------------------------------------------------------------------------------
@@ -210,48 +229,50 @@ class Step:
         bias: torch.Tensor | None,
         y: torch.Tensor,
         norm: bool,
+        leases: list[Lease] | None = None,
     ) -> None:
-        """y = W x + bias for weights that share x, in one launch if that can be."""
+        """y = W x + bias for weights that share x, in one launch if that can be. ``leases``: of all of
+        them, if they are taken."""
         sums = self._sums[: self._sum_count] if norm else None
         epilogue = Epilogue(int(PLAIN), sums, self._config.rms_norm_eps, pdl=self._pdl)
-        leases = self._try(linears)
-        if leases is not None:
-            multiply_one(planes, _packed(linears, leases), bias, y, self._scratch, epilogue)
-            self._release(leases)
+        leases = leases or self._try(linears)
+        if leases is not None and _all_packed(leases):
+            with self._until_read(leases):
+                packed = _packed(linears, leases)
+                multiply_one(planes, packed, bias, y, self._scratch, epilogue)
             return
-        first = 0
-        for linear in linears:
-            lease = self._client.acquire(linear.weight_index)
+        for number, linear in enumerate(linears):
+            first = sum(before.out_features for before in linears[:number])
             part = y[first : first + linear.out_features]
             part_bias = None if bias is None else bias[first : first + linear.out_features]
-            if lease.grant.format == PACKED:
-                packed = _packed([linear], [lease])
-                multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
-            else:
-                part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
-            self._release([lease])
-            first += linear.out_features
+            lease = leases[number] if leases else self._client.acquire(linear.weight_index)
+            with self._until_read([lease]):
+                if lease.grant.format == PACKED:
+                    packed = _packed([linear], [lease])
+                    multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
+                else:
+                    part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
 
     def _add(self, linear: FedLinear, planes: torch.Tensor, norm: torch.Tensor) -> None:
         """hidden += W x, and the next x."""
         lease = self._lease(linear)
-        if lease.grant.format == PACKED:
+        with self._until_read([lease]):
+            if lease.grant.format != PACKED:
+                y = linear.multiply(self._dense(planes, norm=False), lease)
+                self._begin(self._hidden + y.view(-1), norm)
+                return
             epilogue = Epilogue(
                 int(RESIDUAL), hidden=self._hidden, norm=norm, planes=self._planes,
                 next_sums=self._sums, pdl=self._pdl,
             )  # fmt: skip
             packed = _packed([linear], [lease])
             self._sum_count = multiply_one(planes, packed, None, None, self._scratch, epilogue)
-        else:
-            y = linear.multiply(self._dense(planes, norm=False), lease)
-            self._begin(self._hidden + y.view(-1), norm)
-        self._release([lease])
 
     def _gate(self, linears: list[FedLinear]) -> None:
         """silu(gate x) * (up x)."""
         leases = self._try(linears)
-        if leases is None:
-            self._multiply(linears, self._planes, None, self._pair, norm=True)
+        if leases is None or not _all_packed(leases):
+            self._multiply(linears, self._planes, None, self._pair, True, leases)
             gate, up = self._pair.chunk(2)
             grid = (gate.numel() // BEGIN_SIZE,)
             glu_kernel[grid](
@@ -262,21 +283,19 @@ class Step:
             int(GLU), self._sums[: self._sum_count], self._config.rms_norm_eps,
             planes=self._planes_inner, pdl=self._pdl,
         )  # fmt: skip
-        packed = _packed(linears, leases)
-        multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
-        self._release(leases)
+        with self._until_read(leases):
+            packed = _packed(linears, leases)
+            multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
 
     def _attend(self, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
-        tiles = 1
-        while past.capacity > TILE_TOKENS * tiles * MAX_CHUNKS:
-            tiles *= 2
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
             "num_warps": 4, "launch_pdl": self._pdl,
         }  # fmt: skip
-        chunks = triton.cdiv(past.capacity, TILE_TOKENS * tiles)
+        tiles = self._tiles
+        chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
         attention_kernel[(self._kv, chunks)](
             self._qkv, *self._tables, *past.memory, self._position, self._partial, self._peaks,
             past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles, **shape,
@@ -305,26 +324,38 @@ class Step:
     # Leases ------------------------------------------------------------------------------------
 
     def _try(self, linears: list[FedLinear]) -> list[Lease] | None:
-        """The leases of all, if all are granted now and packed."""
+        """The leases of all, if all are granted now."""
         if self._held:
             return [self._held[linear.weight_index] for linear in linears]
-        leases = self._client.try_acquire([linear.weight_index for linear in linears])
-        if leases is not None and any(lease.grant.format != PACKED for lease in leases):
-            self._release(leases)
-            return None
-        return leases
+        return self._client.try_acquire([linear.weight_index for linear in linears])
 
     def _lease(self, linear: FedLinear) -> Lease:
         if self._held:
             return self._held[linear.weight_index]
         return self._client.acquire(linear.weight_index)
 
-    def _release(self, leases: Sequence[Lease]) -> None:
-        if not self._held:
-            for lease in leases:
-                self._client.release(lease)
+    @contextmanager
+    def _until_read(self, leases: Sequence[Lease]) -> Iterator[None]:
+        """What is queued in here is the last that reads these leases, unless they are held."""
+        try:
+            yield
+        finally:
+            if not self._held:
+                for lease in leases:
+                    self._client.release(lease)
 
     # Memory ------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Scratch for every product, together or one by one: it must not be allocated in a graph."""
+        groups = [[self._head]] if isinstance(self._head, FedLinear) else []
+        for layer in self._layers[:1]:
+            groups += [layer.attention, [layer.out], layer.gated, [layer.down]]
+        for group in groups:
+            rows = tuple(linear.out_features for linear in group)
+            for some in (rows, *((count,) for count in rows)):
+                cut = one_token_cut(some, group[0].in_features)
+                self._scratch.hold(cut.split * sum(some), sum(some))
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)
@@ -354,6 +385,10 @@ def _layer(layer: Any) -> _Layer:
         norm=layer.input_layernorm.weight,
         norm_mlp=layer.post_attention_layernorm.weight,
     )
+
+
+def _all_packed(leases: Sequence[Lease]) -> bool:
+    return all(lease.grant.format == PACKED for lease in leases)
 
 
 def _packed(linears: Sequence[FedLinear], leases: Sequence[Lease]) -> list[Any]:

@@ -61,6 +61,7 @@ def test_the_live_line_leaves_errors_to_the_main_thread(
     """Here a second engine has taken the feeder that came after the first one's."""
     raised: list[object] = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with fed.engine(room, store, "--cache=2") as engine:
         ours = Report(engine.client)
