@@ -27,6 +27,7 @@ from common.process import Leash
 from feeder.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _EPILOG = """\
 examples:
   python -m bench.quality ~/models/Qwen2.5-7B STORE --text wikipedia.txt --output 7b.json
@@ -157,6 +158,9 @@ def tokenize(arguments: argparse.Namespace, config: dict[str, Any], text: str) -
     length = min(arguments.length, config.get("max_position_embeddings", arguments.length))
     if config.get("use_sliding_window"):
         length = min(length, config.get("sliding_window") or length)
+    if not any((arguments.model / name).is_file() for name in _VOCABULARIES):
+        # transformers would make an empty tokenizer of nothing
+        raise UsageError(f"{arguments.model} has no tokenizer: put its tokenizer.json there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     except (OSError, ValueError) as error:
