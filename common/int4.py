@@ -4,20 +4,22 @@ Owns the arithmetic, bit for bit; docs/format.md states the same rule in words. 
 of files, slots or kernels: whatever is faster must equal this.
 
     values   bf16, flattened row-major, blocks of 128, the last block padded with zeros
-    scale    absmax / 7, in bf16; an absmax of 0 counts as 1
-    code     round-half-to-even(value / scale), the division in bf16, clamped to -8...7
+    scale    bf16, one a block; by the reference rule absmax / 7, an absmax of 0 counting as 1
+    code     -8...7; by the reference rule round-half-to-even(value / scale), the division in bf16
     packed   two codes a byte, the first in the high nibble, an odd tail padded with code 0
     back     code x scale in fp32, then rounded to the model's dtype
 
-Two corners. absmax / 7 underflows to 0 when absmax is one of the three smallest positive bf16
-numbers (up to 3 x 2**-133): the scale stored is then 0 and every code of that block is 0, so it
-reads back as zeros, never as NaN. And a scale that was rounded up may carry the largest values
-past the end of the model's dtype, to Inf: in bf16 only above 3.3e38, in fp16 only where the
-checkpoint's own values are not fp16.
+Another rule may choose other scales and codes (`feeder.methods`); the bytes mean the same.
+
+Two corners of the reference rule. absmax / 7 underflows to 0 when absmax is one of the three
+smallest positive bf16 numbers (up to 3 x 2**-133): the scale stored is then 0 and every code of that
+block is 0, so it reads back as zeros, never as NaN. And a scale that was rounded up may carry the
+largest values past the end of the model's dtype, to Inf: in bf16 only above 3.3e38, in fp16 only
+where the checkpoint's own values are not fp16.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,8 +27,11 @@ from common.blocks import BLOCK, MAX_CODE, MIN_CODE, code_bytes, packed_bytes, s
 
 __all__ = [
     "BLOCK",
+    "Rule",
+    "absmax",
     "code_bytes",
     "dequantize",
+    "finite_absmax",
     "pack",
     "packed_bytes",
     "quantize",
@@ -40,10 +45,37 @@ _CPU_CHUNK_BLOCKS = 1 << 13
 _GPU_CHUNK_BLOCKS = 1 << 17
 
 
-def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a tensor by the reference rule, on the device it lies on.
+# Values of any floating dtype [G, 128] to (codes int8 [G, 128], scales bf16 [G]) on the same device.
+# ValueError if a value is NaN or Inf as bf16.
+Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    tensor: any shape, any floating dtype (rounded to bf16 first), CPU or CUDA; n elements.
+
+def finite_absmax(blocks: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each block, bf16 [G]. ValueError if one is NaN or Inf as bf16."""
+    absmax = blocks.to(torch.bfloat16).abs().amax(dim=1)  # NaN if any value of the block is
+    if not bool(absmax.isfinite().all()):
+        raise ValueError("found NaN or Inf (as bfloat16), expected finite values")
+    return absmax
+
+
+def absmax(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference rule."""
+    blocks = blocks.to(torch.bfloat16)
+    largest = finite_absmax(blocks)
+    # A divisor on the device: torch multiplies by the reciprocal when it is a CPU scalar.
+    seven = torch.full((1,), 7, dtype=torch.bfloat16, device=blocks.device)
+    scales = torch.where(largest == 0, 1, largest) / seven
+    # Dividing by infinity gives code 0, which is what a scale that underflowed to 0 asks for.
+    divisors = torch.where(scales == 0, math.inf, scales)
+    codes = (blocks / divisors[:, None]).round_().clamp_(MIN_CODE, MAX_CODE)
+    return codes.to(torch.int8), scales
+
+
+def quantize(tensor: torch.Tensor, rule: Rule = absmax) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a tensor by `rule`, the reference one if none is named, on the device it lies on.
+
+    tensor: any shape, any floating dtype, CPU or CUDA; n elements. The rule gets blocks of it,
+    the last one padded with zeros.
     Returns (codes uint8 [code_bytes(n)], scales bf16 [scale_count(n)]) on the same device.
     Takes less than 256 MiB beside its result, and a copy of `tensor` if it is not contiguous.
     Raises ValueError if a value is NaN or Inf, also if it only becomes Inf as bf16; TypeError
@@ -57,30 +89,16 @@ def quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty(scale_count(elements), dtype=torch.bfloat16, device=tensor.device)
     chunk = _CPU_CHUNK_BLOCKS if tensor.device.type == "cpu" else _GPU_CHUNK_BLOCKS
     for first in range(0, scale_count(elements), chunk):
-        values = flat[first * BLOCK : (first + chunk) * BLOCK].to(torch.bfloat16)
+        values = flat[first * BLOCK : (first + chunk) * BLOCK]
         padding = -values.numel() % BLOCK
         if padding:
             values = torch.nn.functional.pad(values, (0, padding))
-        chunk_codes, chunk_scales = _quantize_blocks(values.view(-1, BLOCK))
-        scales[first : first + chunk] = chunk_scales
+        block_codes, scales[first : first + chunk] = rule(values.view(-1, BLOCK))
+        chunk_codes = pack(block_codes.view(-1))
         start = first * BLOCK // 2
         stop = min(start + chunk_codes.numel(), codes.numel())  # the padding is not stored
         codes[start:stop] = chunk_codes[: stop - start]
     return codes, scales
-
-
-def _quantize_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 [G, 128] to (packed codes uint8 [G * 64], scales bf16 [G])."""
-    absmax = blocks.abs().amax(dim=1)  # a NaN anywhere in a block makes its absmax NaN
-    if not bool(absmax.isfinite().all()):
-        raise ValueError("found NaN or Inf (as bfloat16), expected finite values")
-    # A divisor on the device: torch multiplies by the reciprocal when it is a CPU scalar.
-    seven = torch.full((1,), 7, dtype=torch.bfloat16, device=blocks.device)
-    scales = torch.where(absmax == 0, 1, absmax) / seven
-    # Dividing by infinity gives code 0, which is what a scale that underflowed to 0 asks for.
-    divisors = torch.where(scales == 0, math.inf, scales)
-    codes = (blocks / divisors[:, None]).round_().clamp_(MIN_CODE, MAX_CODE)
-    return pack(codes.to(torch.int8).view(-1)), scales
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

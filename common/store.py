@@ -61,6 +61,7 @@ class Store:
     config: dict[str, Any]
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
+    method: str | None = None  # how the weights were quantized, if the index says so
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
@@ -97,6 +98,7 @@ class Store:
             config=config,
             weights=index.weights,
             residents=index.residents,
+            method=index.method,
         )
 
     @property

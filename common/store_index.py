@@ -66,6 +66,7 @@ class Index:
     tied: bool
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
+    method: str | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

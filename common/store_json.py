@@ -25,6 +25,7 @@ from common.store_index import (
 
 _FILE_NAME = re.compile(r"(weights|residents)-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_METHOD = re.compile(r"[a-z0-9-]{1,32}")
 
 
 def to_json(index: Index) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def to_json(index: Index) -> dict[str, Any]:
         "dtype": index.dtype,
         "tied": index.tied,
         "block": BLOCK,
+        **({} if index.method is None else {"method": index.method}),
         "weights": [
             {
                 "name": entry.name,
@@ -95,8 +97,13 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     source = data.get("source_fingerprint")
     if source is not None and not (isinstance(source, str) and _CHECKSUM.fullmatch(source)):
         raise StoreError("source_fingerprint is neither null nor 32 hexadecimal digits")
+    method = data.get("method")
+    if method is not None and not (isinstance(method, str) and _METHOD.fullmatch(method)):
+        raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
-    return Index(data["fingerprint"], source, data["dtype"], data["tied"], weights, residents)
+    return Index(
+        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method
+    )
 
 
 def _require(data: dict[str, Any], key: str, expected: Any) -> None:

@@ -62,18 +62,21 @@ class StoreWriter:
         *,
         source_fingerprint: str | None = None,
         copies: Sequence[Path] = (),
+        method: str | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Plan a store in the directory `target`, which must not exist.
 
         config: a validated Qwen2 config. resident_dtypes: "BF16", "F16" or "F32" for the name
         of each resident that the config expects. copies: tokenizer files and the like, to go
-        along. A file holds up to `shard_bytes`, or one weight or resident that is larger.
+        along. method: how weights were quantized, for the index. A file holds up to
+        `shard_bytes`, or one weight or resident that is larger.
         """
         self._directory = PartialDirectory(Path(target))
         self._config = dict(config)
         self._source_fingerprint = source_fingerprint
         self._copies = tuple(copies)
+        self._method = method
         self._stack = ExitStack()
         linear, shapes = expected_tensors(self._config)
         residents = [TensorSpec(name, resident_dtypes[name], shapes[name]) for name in shapes]
@@ -193,5 +196,6 @@ class StoreWriter:
             tied=is_tied(self._config),
             weights=weights,
             residents=residents,
+            method=self._method,
         )
         return json.dumps(to_json(index), indent=1).encode() + b"\n"

@@ -1,7 +1,7 @@
 """Make a store from a checkpoint: `python -m feeder.quantize MODEL_DIR STORE_DIR`.
 
 Owns the walk over a checkpoint's tensors and the command line. Knows nothing of file formats
-(`common.checkpoint`, `common.store_writer`) nor of the arithmetic (`common.int4`).
+(`common.checkpoint`, `common.store_writer`) nor of the arithmetic (`common.int4`, `feeder.methods`).
 
 One tensor at a time, in pieces, in the order of the checkpoint's files: memory holds one piece
 and one weight's codes. torch is imported late, so that a signal during its import is obeyed and
@@ -31,9 +31,12 @@ from common.process import Leash, Terminated
 from common.progress import progress as show_progress
 from common.qwen2 import expected_tensors, is_tied
 from common.store import Store, StoreWriter
+from feeder import methods
 
 if TYPE_CHECKING:
     import torch
+
+    from common.int4 import Rule
 
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
@@ -44,13 +47,16 @@ def quantize_checkpoint(
     device: str = "auto",
     progress: bool = True,
     poll: Callable[[], None] = lambda: None,
+    method: str = methods.DEFAULT,
 ) -> Store:
     """Quantize the checkpoint in `model_dir` into a new store in `store_dir`.
 
     device: "cpu", "cuda", "cuda:1", or "auto" for the GPU if there is one. progress: show it
     on stderr. poll: called between pieces; whatever it raises stops the work and leaves nothing.
+    method: one of `feeder.methods`.
     Raises ConfigError, CheckpointError, StoreError, UsageError or MemoryShortageError.
     """
+    rule = methods.rule(method)
     checkpoint = Checkpoint.open(model_dir)
     _, residents = expected_tensors(checkpoint.config)
     writer = StoreWriter(
@@ -59,9 +65,10 @@ def quantize_checkpoint(
         {name: checkpoint.places[name].spec.dtype for name in residents},
         source_fingerprint=checkpoint_fingerprint(model_dir),
         copies=companion_files(checkpoint.path),
+        method=method,
     )
     places = sorted(checkpoint.places.values(), key=lambda place: (place.file, place.offset))
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     total_bytes = sum(place.spec.bytes for place in places)
     with writer, show_progress(total_bytes, "quantizing", enabled=progress) as bar:
         for place in places:
@@ -72,14 +79,14 @@ def quantize_checkpoint(
             elif name == HEAD and is_tied(checkpoint.config):
                 _require_equal(pieces, checkpoint.pieces(EMBEDDING))
             else:
-                packed = _quantize(name, pieces, place.spec.shape, chosen)
+                packed = _quantize(name, pieces, place.spec.shape, chosen, rule)
                 writer.add_weight(name.removesuffix(".weight"), place.spec.shape, *packed)
         poll()
         writer.commit()
     return Store.open(store_dir)
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """The torch device that `device` names. Raises UsageError if there is no such device."""
     import torch
 
@@ -125,7 +132,11 @@ def _require_equal(head: Iterator[torch.Tensor], embedding: Iterator[torch.Tenso
 
 
 def _quantize(
-    name: str, pieces: Iterator[torch.Tensor], shape: tuple[int, ...], device: torch.device
+    name: str,
+    pieces: Iterator[torch.Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    rule: Rule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales, on the CPU, of a weight that comes in pieces of whole blocks."""
     import torch
@@ -138,7 +149,7 @@ def _quantize(
     first = 0
     for piece in pieces:
         try:
-            piece_codes, piece_scales = int4.quantize(piece.to(device))
+            piece_codes, piece_scales = int4.quantize(piece.to(device), rule)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
         except torch.OutOfMemoryError as error:
@@ -182,12 +193,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model_dir", type=Path, help="a Qwen2 checkpoint in safetensors")
     parser.add_argument("store_dir", type=Path, help="the store to make; must not exist")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
+    parser.add_argument(
+        "--method",
+        default=methods.DEFAULT,
+        choices=tuple(methods.METHODS),
+        help="; ".join(f"{name}: {what}" for name, what in methods.METHODS.items())
+        + f"; default: {methods.DEFAULT}",
+    )
 
     def work(leash: Leash) -> None:
         poll = _watch_for_the_end(leash)
         try:
             store = quantize_checkpoint(
-                arguments.model_dir, arguments.store_dir, arguments.device, poll=poll
+                arguments.model_dir,
+                arguments.store_dir,
+                arguments.device,
+                poll=poll,
+                method=arguments.method,
             )
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Qwen2ForCausalLM
 
 from common import int4
+from feeder import methods
 from tests.checkpoints import load_tensors
 
 
@@ -31,7 +32,7 @@ def reference_model(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not (tied and name == "lm_head"):
             weight = original[f"{name}.weight"]
-            codes, scales = int4.quantize(weight)
+            codes, scales = int4.quantize(weight, methods.rule(methods.DEFAULT))
             module.weight = nn.Parameter(int4.dequantize(codes, scales, weight.shape, dtype))
             changed += 1
     assert changed == 7 * model.config.num_hidden_layers + (not tied)

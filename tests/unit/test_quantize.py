@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from common import checkpoint, int4
+from common.errors import StoreError
 from common.qwen2 import expected_tensors
 from common.store import Store
+from feeder import methods
 from feeder.quantize import checkpoint_fingerprint, quantize_checkpoint
 from tests.checkpoints import (
     edit_config,
@@ -38,7 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_store_holds_the_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
     model = make_checkpoint(tmp_path / "model", **options)
-    store = quantize_checkpoint(model, tmp_path / "store", device="cpu", progress=False)
+    store = quantize_checkpoint(
+        model, tmp_path / "store", device="cpu", progress=False, method="absmax"
+    )
     tensors = load_tensors(model)
     linear, residents = expected_tensors(store.config)
     assert [entry.name for entry in store.weights] == list(linear)
@@ -207,3 +212,30 @@ def test_cuda_makes_the_same_store(tmp_path: Path) -> None:
         for device in ("cpu", "cuda")
     ]
     assert stores[0].fingerprint == stores[1].fingerprint
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_method_is_recorded_and_is_what_quantizes(tmp_path: Path, method: str) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    path = tmp_path / "store"
+    store = quantize_checkpoint(model, path, device="cpu", progress=False, method=method)
+    assert store.method == method
+    tensors = load_tensors(model)
+    for entry in store.weights:
+        expected = int4.quantize(tensors[f"{entry.name}.weight"], methods.rule(method))
+        found = store.read_weight(entry)
+        assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_method_may_be_absent_and_must_be_a_word(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    quantize_checkpoint(model, tmp_path / "store", device="cpu", progress=False)
+    index = tmp_path / "store" / "store.json"
+    content = json.loads(index.read_text())
+    assert content.pop("method") == methods.DEFAULT
+    index.write_text(json.dumps(content))
+    assert Store.open(tmp_path / "store").method is None
+    for wrong in (7, "", "Two Words", "x" * 33, ["absmax"]):
+        index.write_text(json.dumps(content | {"method": wrong}))
+        with pytest.raises(StoreError, match="method is .*, expected a short word"):
+            Store.open(tmp_path / "store")

@@ -208,6 +208,8 @@ def test_mistakes_in_the_command_line(checkpoints: dict[str, Path], tmp_path: Pa
     store = tmp_path / "store"
     result = run(checkpoints["single"], store, "--device", "tpu")
     assert_refused(result, "--device tpu: expected auto, cuda, cuda:INDEX or cpu", code=2)
+    result = run(checkpoints["single"], store, "--method", "best")
+    assert_refused(result, "invalid choice: 'best'", code=2)
     assert not store.exists()
 
 
