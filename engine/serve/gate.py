@@ -6,27 +6,17 @@ Plain ASGI, in front of the router, so that nothing is read for those who may no
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.serve.address import is_loopback
 from engine.serve.errors import ApiError
 
 MAX_BODY_BYTES = 8 << 20
 _OPEN = ("/health",)  # for those who watch over processes; says nothing of anybody's text
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Gate:

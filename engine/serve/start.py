@@ -20,6 +20,7 @@ from common.arguments import API_KEY_VARIABLE
 from common.errors import InternalError, UsageError
 from common.log import log
 from common.process import Leash, raise_on_termination
+from engine.serve.address import bind, is_loopback
 
 if TYPE_CHECKING:
     import uvicorn
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     for flag, value in (("--max-tokens", arguments.max_tokens), ("--queue", arguments.queue)):
         if value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
-    with closing(_bind(arguments.host, arguments.port)) as listener:
+    with closing(bind(arguments.host, arguments.port)) as listener:
         from engine.generate import Sampling
         from engine.start import with_model
 
@@ -115,8 +116,6 @@ def _running(
 
 def _key(arguments: argparse.Namespace) -> str | None:
     """The API key, None without one. UsageError if there has to be one."""
-    from engine.serve.gate import is_loopback
-
     key = arguments.api_key
     if key is None:
         key = os.environ.get(API_KEY_VARIABLE) or None
@@ -141,21 +140,3 @@ def _require_packages() -> None:
             f"serve needs the package {error.name}, which is not installed:"
             " run python -m pip install -e '.[server]'"
         ) from error
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket of its own at that address, on which nobody listens yet."""
-    listener = None
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return listener
-    except (OSError, OverflowError) as error:
-        if listener is not None:
-            listener.close()
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot listen on {host} port {port}: {reason}") from error
