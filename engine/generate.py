@@ -141,6 +141,12 @@ class Generator:
         """The most tokens that a prompt and its answer may have together."""
         return int(self._model.config.max_position_embeddings)
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer that is asked for without a sampling of its own."""
+        original = GenerationConfig.from_dict(self._original)
+        return int(self._sampling.apply(original).max_new_tokens)
+
     def answer(
         self,
         prompt: str | Sequence[int],
