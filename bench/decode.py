@@ -59,7 +59,8 @@ class Decoder:
         """One pass (the first: of the whole prompt), seconds to its token on the device."""
         start = time.perf_counter()
         with torch.inference_mode():
-            if self._step is not None and self._next.shape[1] == 1 and self._cache.get_seq_length():
+            single = self._next.shape[1] == 1 and self._cache.get_seq_length()
+            if self._step is not None and self._step.useful and single:
                 logits = self._step(self._next, self._cache)
             else:
                 logits = self._model(

@@ -26,7 +26,8 @@ import torch
 from bench.ceilings import device_bytes_per_s
 from bench.record import finish
 from common.blocks import code_bytes, packed_bytes, scale_count
-from engine.packed import Packed
+from engine.cuts import tokens_cut
+from engine.packed_weight import Packed
 from engine.w4a16 import (
     Epilogue,
     OneTokenCut,
@@ -95,18 +96,19 @@ def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     """What is tried."""
     total = sum(rows)
     if tokens == 1:
-        tried = itertools.product((4, 8, 16, 32), (1, 2, 4), (2, 4, 8), (1, 2, 4, 8))
+        tried = itertools.product((4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 4, 8))
         for tile, runs, warps, split in tried:
             words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile
             programs = total // (2 * tile) * split
             if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
                 yield OneTokenCut(tile, runs, split, warps)
         return
+    parts = tokens_cut(tuple(rows), columns).parts  # the order of sums is not for tuning
     for size, warps, stages, split in itertools.product(
-        (32, 64, 128), (2, 4), (3, 4, 6), (1, 2, 4, 8, 16)
+        (32, 64, 128), (2, 4), (3, 4, 6), (False, True)
     ):
-        if 264 <= total // size * split <= 8000:
-            yield TokensCut(size, split, warps, stages)
+        if 264 <= total // size * (parts if split else 1) <= 8000:
+            yield TokensCut(size, parts, split, warps, stages)
 
 
 def product(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
@@ -165,8 +166,11 @@ def _overlapping(spans: list[Span], start: float, end: float) -> Iterator[Span]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.timeline", description=__doc__)
     parser.add_argument("trace", metavar="FILE", help="what --trace wrote")
-    for line in report(load_or_exit(parser.parse_args().trace)):
-        print(line)
+    try:
+        for line in report(load_or_exit(parser.parse_args().trace)):
+            print(line, flush=True)
+    except BrokenPipeError:  # whoever read it has seen enough
+        sys.stderr.close()
 
 
 if __name__ == "__main__":

@@ -20,13 +20,15 @@ _UNITS = {
 
 def parse_size(text: str) -> int:
     """Bytes from a size such as ``10GiB`` or ``500 MB``. UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,18})?)\s*([A-Za-z]+)\s*", text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
         raise UsageError(f"size {text!r} is not understood: write a number and a unit, as 10GiB")
     size_bytes = int(Fraction(match.group(1)) * unit)
     if size_bytes < 1:
         raise UsageError(f"size {text!r} is no size: give at least one byte")
+    if size_bytes >= 1 << 63:
+        raise UsageError(f"size {text!r} is beyond 64 bits: give at most 8388607TiB")
     return size_bytes
 
 

@@ -13,13 +13,14 @@ PACKED = "packed"
 FORMATS = (DEQUANTIZED, PACKED)
 
 #: A run of so many elements of one row shares a scale if K is a multiple of it. What multiplies with
-#: packed weights works in such runs; other weights go dequantized. All Qwen2 models have multiples.
-RUN = 64
+#: packed weights works in such runs, and so many rows at a time; other weights go dequantized. All
+#: Qwen2 models have multiples.
+RUN, ROWS = 64, 16
 
 
 def packable(shape: tuple[int, int]) -> bool:
     """Whether a weight of ``shape`` (N, K) can be multiplied with as it is packed."""
-    return shape[1] % RUN == 0
+    return shape[0] % ROWS == 0 and shape[1] % RUN == 0
 
 
 def slot_bytes(slot_format: str, elements: int, itemsize: int) -> int:

@@ -54,12 +54,13 @@ class Welcome:
 @dataclass(frozen=True)
 class Export:
     """A segment the engine may map. ``kind``: "cuda-ipc" (``handle``: the 64 bytes) or "shm"
-    (``handle``: the path to open)."""
+    (``handle``: the path to open). ``packed``: whether weights that can be are packed in it."""
 
     segment: int
     kind: str
     size_bytes: int
     handle: bytes
+    packed: bool
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class WeightClient:
         self._verify = verify
         self.stats = Stats()
         self._checksums: dict[int, int] = {}  # in verify mode, by weight
+        self.packed = False  # whether slots hold packed weights, as far as they can be
         self.names: list[str] = []  # of the weights, for errors; empty until they are known
         self._lock = threading.RLock()
         self._ledger = Ledger()
@@ -414,6 +415,7 @@ class WeightClient:
                 return
             raise
         self._ledger.add(export.segment, segment)
+        self.packed = export.packed
 
     def _fields(self) -> p.Fields:
         stats = self.stats

@@ -203,7 +203,7 @@ class Connection:
     def _refused(self, code: str, text: str, pid: int = 0) -> None:
         if code == "busy":
             raise PeerError(text)
-        if code == "store":
+        if code in ("store", "formats"):
             self._refused_pid = pid or Lock.holder(self._directory / "feeder.lock") or 0
             log.error("refused feeder %d: %s; waiting for another", self._refused_pid, text)
             return

@@ -1,6 +1,7 @@
 """How products are cut: what `python -m bench.kernels tune` found on an H100, as rules for all shapes.
 
-A cut must fit the shape; otherwise it changes speed and, by the order of sums, the last bits.
+The order in which a row's products are summed depends on K alone. Weights that share an input are
+multiplied together if all are granted, and one by one if not: that must not show in the result.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from math import gcd
 from engine.w4a16 import OneTokenCut, TokensCut
 
 MANY = 4000  # programs: so many that larger ones pay
-TURNS = 8  # of a program, at most, where there are few programs
-FEW = 1200
+FEW = 640
+RUNS = 4  # of a turn of the one-token kernel: 512 elements
 
 
 @cache
@@ -24,14 +25,7 @@ def one_token_cut(rows: tuple[int, ...], columns: int) -> OneTokenCut:
     """
     total, common = sum(rows), gcd(*rows)
     tile = 16 if total // 32 >= MANY and common % 32 == 0 else 8
-    while tile > 1 and common % (2 * tile):
-        tile //= 2
-    runs = 2 if tile == 16 else 4
-    turns = -(-columns // (2 * runs * 128))
-    split = 1
-    while total // (2 * tile) * split < FEW and turns > TURNS * split:
-        split *= 2
-    return OneTokenCut(tile, runs, split, 4)
+    return OneTokenCut(tile, RUNS, _power_of_two(columns / (2 * RUNS * 128) / 6), 4)
 
 
 @cache
@@ -39,9 +33,17 @@ def tokens_cut(rows: tuple[int, ...], columns: int) -> TokensCut:
     """For 2 to 16 tokens."""
     total, common = sum(rows), gcd(*rows)
     size = 64 if total * columns >= 1 << 27 else 32
-    while size > 16 and common % size:
+    while common % size:
         size //= 2
-    split, turns = 1, columns // 128
-    while total // size * split < 640 and turns >= 16 * split:
-        split *= 2
-    return TokensCut(size, split, 4 if split > 1 and size == 64 else 2, 3 if size == 64 else 4)
+    parts = min(8, _power_of_two(columns / 128 / 10))
+    split = total // size < FEW
+    warps = 4 if split and size == 64 else 2
+    return TokensCut(size, parts, split, warps, 3 if size == 64 else 4)
+
+
+def _power_of_two(number: float) -> int:
+    """The largest that is not above ``number``, at least 1."""
+    power = 1
+    while 2 * power <= number:
+        power *= 2
+    return power

@@ -17,7 +17,7 @@ from common import protocol as p
 from common.blocks import code_bytes, scales_offset
 from common.formats import PACKED
 from common.memory import Segment
-from engine.packed import Packed
+from engine.packed_weight import Packed
 
 MAX_VIEWS = 4096  # tensors of slots that a mapping keeps; making one takes as long as a launch
 

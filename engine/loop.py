@@ -79,12 +79,21 @@ class Loop:
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        if self._step is None:
+        if self._step is None or not self._step.useful:
             output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1]
         step, length = self._step, cache.get_seq_length()
-        self._survive(lambda: reserve(cache, length + 1), cache)
-        return self._survive(lambda: step(token, cache), cache)
+
+        def attempt() -> torch.Tensor:
+            try:
+                reserve(cache, length + 1)
+                return step(token, cache)
+            except torch.OutOfMemoryError:
+                step.rest()  # the slots that it holds are what can be given up
+                raise
+
+        logits: torch.Tensor = self._survive(attempt, cache)
+        return logits
 
 
 class _State:

@@ -6,7 +6,7 @@ word become floats by placing each nibble in the mantissa of 128 (an idea of Kim
 Can't Run", 2022), so element j of every eight lies in plane j, and plane 8 holds what the codes of a word
 are too large by, all together. Whoever computes x writes it in that form. What follows a product (bias,
 residual, gate, the next norm's weights) is done by the program that has the row, so that a layer of a
-Qwen2 is four products and one attention.
+Qwen2 is four products and two launches of attention.
 
 Where there are few rows, K is split; the last program of a row to finish adds the parts in their fixed
 order, so that results do not depend on timing (stream-K's fix-up, Osama et al., 2023). Programmatic

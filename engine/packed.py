@@ -7,26 +7,15 @@ also what happens on the CPU. There the result equals that of a dequantized slot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import dequantize_into
 from common.footprint import SCRATCH_ELEMENTS
+from engine.packed_weight import Packed
 
 MAX_FUSED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight on the device. codes: uint8 [ceil(N K / 2)], scales: bf16 [ceil(N K / 128)],
-    both contiguous, the codes 16-byte aligned; ``shape`` is (N, K), K a multiple of 64."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    shape: tuple[int, int]
 
 
 class Products:

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from common.formats import PACKED
 from engine.cache import PastLayer, past
 from engine.client import WeightClient
+from engine.cuts import one_token_cut
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -116,7 +117,15 @@ class Step:
             None  # of the cache it writes
         )
         self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
-        self._warm = False
+        self._tiles = 1  # of a chunk of the past
+        self._loaded = False  # whether every kernel of a held token has run once
+        self._reserve()
+
+    @property
+    def useful(self) -> bool:
+        """Whether weights are packed now. With dequantized ones a token takes transformers' own forward
+        pass, which multiplies with them to the last bit as the plain model does."""
+        return self._client.packed
 
     @property
     def graphed(self) -> bool:
@@ -131,12 +140,21 @@ class Step:
             raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
         self._token.copy_(token)
         self._position.fill_(length)
+        tiles = 1  # by the position alone: the order of attention's sums depends on it
+        while length >= TILE_TOKENS * tiles * MAX_CHUNKS:
+            tiles *= 2
+        if tiles != self._tiles:
+            self._tiles, self._graph, self._loaded = tiles, None, False
         self._prepare(layers)
-        if self._warm and self._hold():
-            self._replay(layers)
-        else:
+        if not self._hold():
             self._run(layers)
-            self._warm = True
+        else:
+            self._client.used(len(self._linears))
+            if self._loaded:
+                self._replay(layers)
+            else:  # a kernel cannot be compiled, nor loaded, while a graph is captured
+                self._run(layers)
+                self._loaded = True
         for layer in layers:
             layer.set_length(length + 1)
         return self._logits
@@ -180,7 +198,6 @@ class Step:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._run(layers)
             self._graph_memory = memory
-        self._client.used(len(self._linears))
         self._graph.replay()
 
     # The token ---------------------------------------------------------------------------------
@@ -268,15 +285,13 @@ class Step:
 
     def _attend(self, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
-        tiles = 1
-        while past.capacity > TILE_TOKENS * tiles * MAX_CHUNKS:
-            tiles *= 2
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
             "num_warps": 4, "launch_pdl": self._pdl,
         }  # fmt: skip
-        chunks = triton.cdiv(past.capacity, TILE_TOKENS * tiles)
+        tiles = self._tiles
+        chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
         attention_kernel[(self._kv, chunks)](
             self._qkv, *self._tables, *past.memory, self._position, self._partial, self._peaks,
             past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles, **shape,
@@ -325,6 +340,17 @@ class Step:
                 self._client.release(lease)
 
     # Memory ------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        """Scratch for every product, together or one by one: it must not be allocated in a graph."""
+        groups = [[self._head]] if isinstance(self._head, FedLinear) else []
+        for layer in self._layers[:1]:
+            groups += [layer.attention, [layer.out], layer.gated, [layer.down]]
+        for group in groups:
+            rows = tuple(linear.out_features for linear in group)
+            for some in (rows, *((count,) for count in rows)):
+                cut = one_token_cut(some, group[0].in_features)
+                self._scratch.hold(cut.split * sum(some), sum(some))
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)

@@ -16,10 +16,10 @@ import triton.language as tl
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
-from common.formats import RUN
+from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
-from engine.packed import Packed
+from engine.packed_weight import Packed
 
 MAX_WEIGHTS = 3
 
@@ -37,10 +37,12 @@ class OneTokenCut:
 
 @dataclass(frozen=True)
 class TokensCut:
-    """How the product of several tokens is cut: rows of a program, parts of K."""
+    """How the product of several tokens is cut: rows of a program; ``split``: each of the ``parts`` of K
+    has a program of its own, or one program takes all."""
 
     rows: int
-    split: int
+    parts: int
+    split: bool
     warps: int
     stages: int
 
@@ -117,8 +119,8 @@ def _unpack(pairs, ASM: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-u
         )  # fmt: skip
     else:
         wide = pairs.to(tl.int32)
-        even = (wide >> 4).to(dtype)
-        odd = ((wide << 28) >> 28).to(dtype)
+        even = (wide >> 4).to(tl.float32).to(dtype)
+        odd = ((wide << 28) >> 28).to(tl.float32).to(dtype)
     return even, odd
 
 
@@ -140,9 +142,10 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     planes, pairs, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K, tokens,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr,
-    TOKENS: tl.constexpr, ASM: tl.constexpr,
+    TOKENS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program multiplies ROWS rows with its part of K for all tokens, a run at a time.
+    """One program multiplies ROWS rows with its part of K for all tokens, a run at a time. What is summed
+    in which order depends on K alone: K has PARTS parts, SPLIT is 1 or PARTS.
 
     operand   shape                    dtype        layout
     planes    [2, TOKENS, K / 2]       bf16, fp16   as _spread_kernel makes them
@@ -159,15 +162,18 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
         pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS
     )
     runs = K // RUN
-    per_part = tl.cdiv(runs, SPLIT)
+    per_part = tl.cdiv(runs, PARTS)
     rows = tl.arange(0, ROWS)
     half = tl.arange(0, HALF)
     token = tl.arange(0, TOKENS)
+    total_acc = tl.zeros((ROWS, TOKENS), tl.float32)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     at = pairs + code + ((local + rows) * (K // 2))[:, None] + half[None, :]
     first_run = (local + rows) * runs
     x_at = planes + token[None, :] * (K // 2) + half[:, None]
-    first, last = part * per_part, min((part + 1) * per_part, runs)
+    first, last = 0, runs
+    if SPLIT > 1:
+        first, last = part * per_part, min((part + 1) * per_part, runs)
     factor = tl.load(scales + scale + ((first_run + tl.minimum(first, runs - 1)) * RUN) // 128)
     for run in range(first, last):
         data = tl.load(at + run * HALF)
@@ -184,6 +190,11 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
         product = tl.dot(odd, x_odd, product)
         acc += product * factor.to(tl.float32)[:, None]
         factor = next_factor
+        if SPLIT == 1 and PARTS > 1:
+            ends = (run + 1) % per_part == 0
+            total_acc += tl.where(ends, acc, 0.0)
+            acc = tl.where(ends, 0.0, acc)
+    acc += total_acc
     mask = (rows >= 0)[:, None] & (token < tokens)[None, :]
     _finish(
         acc, token, row + rows, mask, bias, y, parts, counters, pid, part, total, total,
@@ -320,14 +331,15 @@ def multiply_tokens(
 
     rows, columns, total, run, places = _places(weights, 1)
     cut = cut or tokens_cut(tuple(rows), columns)
-    if cut.split > 1:
-        scratch.hold(cut.split * MAX_TOKENS * total, total // cut.rows)
-    _tokens_kernel[(total // cut.rows, cut.split)](
+    split = cut.parts if cut.split else 1
+    if split > 1:
+        scratch.hold(split * MAX_TOKENS * total, total // cut.rows)
+    _tokens_kernel[(total // cut.rows, split)](
         planes, weights[0].codes.view(torch.int8), weights[0].scales,
         bias if bias is not None else y, y, scratch.parts, scratch.counters,
         *places, total, columns, tokens,
-        ROWS=cut.rows, SPLIT=cut.split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
-        ASM=not interpreted(), num_warps=cut.warps, num_stages=cut.stages,
+        ROWS=cut.rows, SPLIT=split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
+        ASM=not interpreted(), PARTS=cut.parts, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
@@ -367,10 +379,10 @@ def _check_weight(x: torch.Tensor, weight: Packed) -> None:
     elements, columns = weight.shape[0] * weight.shape[1], x.shape[1]
     found = (weight.codes.dtype, weight.codes.numel(), weight.scales.dtype, weight.scales.numel())
     expected = (torch.uint8, code_bytes(elements), torch.bfloat16, scale_count(elements))
-    if found != expected or weight.shape[1] != columns or columns % RUN:
+    if found != expected or weight.shape[1] != columns or not packable(weight.shape):
         raise ValueError(
-            f"a weight of {weight.shape} is {found}: expected {expected}, and {columns} columns,"
-            f" a multiple of {RUN}"
+            f"a weight of {weight.shape} is {found}: expected {expected}, {columns} columns, a"
+            f" multiple of {RUN}, and rows in sixteens"
         )
     if weight.codes.data_ptr() % 16 or weight.codes.device != x.device:
         raise ValueError("codes must be 16-byte aligned and on the device of x")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from pathlib import Path
 import torch
 
 from common.blocks import PACKED_ALIGNMENT, code_bytes, packed_span, scale_count, scales_offset
+from common.config import format_bytes
 from common.errors import PeerError
+from common.log import log
 from common.memory import PIN_CHUNK_BYTES, Memory
 from common.progress import progress
 from common.shared import SHM_DIRECTORY, SharedMemory
@@ -73,8 +76,14 @@ class HostStore:
         else:
             shared = SharedMemory.create(size_bytes, "store")
         try:
+            start = time.monotonic()
             _read(store, places, shared.tensor)
+            read = time.monotonic()
             unpin = memory.pin(shared.tensor)
+            log.debug(
+                "%s of packed weights: read and checked in %.1f s, page-locked in %.1f s",
+                format_bytes(size_bytes), read - start, time.monotonic() - read,
+            )  # fmt: skip
         except BaseException:
             if keep_name:
                 Path(shared.path).unlink(missing_ok=True)
@@ -92,7 +101,10 @@ class HostStore:
             shared = SharedMemory.open(str(SHM_DIRECTORY / keep_name), size_bytes, writable=True)
         except (OSError, PeerError):
             return None
-        return cls(store, shared, memory.pin(shared.tensor))
+        start = time.monotonic()
+        unpin = memory.pin(shared.tensor)
+        log.debug("page-locked in %.1f s", time.monotonic() - start)
+        return cls(store, shared, unpin)
 
     def close(self) -> None:
         self._unpin()

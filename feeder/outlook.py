@@ -50,7 +50,7 @@ class Outlook:
         subject = subject_of(slots)
         found = None
         if self._around.measured is not None:
-            machine = f.hardware(self._around, staging_bytes)
+            machine = f.hardware(self._around, staging_bytes, subject)
             found = f.forecast(subject, make_strategy(strategy.spec or strategy.name), machine)
         of = (subject, strategy.name, self._around, found)
         told, warnings = plan_text.lines(*of), plan_text.warnings(*of)

@@ -160,7 +160,9 @@ class Feeder:
             self._export()
             self._execute()
         if ahead := self._filler.staging_bytes:
-            self._filler.prefetch(self.scheduler.upcoming(ahead, self._packed_bytes))
+            upcoming = self.scheduler.upcoming(ahead, self._packed_bytes)
+            formats = self.slots.formats
+            self._filler.prefetch([weight for weight in upcoming if formats[weight] != PACKED])
 
     def _fill(self, fill: Fill) -> None:
         data = self.slots.data(fill.weight, fill.offset_bytes)

@@ -118,7 +118,8 @@ class SlotMemory:
     def export(self) -> p.Export:
         """What an engine needs to map the segment."""
         segment = self._segment
-        return p.Export(self.segment_id, segment.kind, segment.size_bytes, segment.handle)
+        packed = PACKED in self.formats
+        return p.Export(self.segment_id, segment.kind, segment.size_bytes, segment.handle, packed)
 
     def replace(self, strategy: Strategy, cache: Cache, slots: str) -> str:
         """A segment for another cache; no slot may be in use. "" or why it stayed as it was."""

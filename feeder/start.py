@@ -13,6 +13,7 @@ import torch
 
 from common.config import Cache, format_bytes, parse_size
 from common.errors import StoreError, UsageError
+from common.formats import PACKED
 from common.log import log
 from common.memory import Memory, memory_for
 from common.process import (
@@ -84,9 +85,10 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             return
         capacity = feeder.scheduler.capacity
         log.info(
-            "serving %s as %r: strategy %s, %d of %d weights in %s of %s slots on %s",
+            "serving %s as %r: strategy %s, %d of %d weights in %s of slots (%d packed, %s) on %s",
             store.path.name, arguments.name, strategy.name, capacity.count, len(store.weights),
-            format_bytes(capacity.size_bytes), str(dtype).removeprefix("torch."), memory.identity,
+            format_bytes(capacity.size_bytes), feeder.slots.formats.count(PACKED),
+            str(dtype).removeprefix("torch."), memory.identity,
         )  # fmt: skip
         feeder.run(leash)
 

@@ -6,7 +6,7 @@ import torch
 
 from common import int4
 from common.blocks import packed_span, scales_offset
-from engine.packed import Packed
+from engine.packed_weight import Packed
 
 
 def pack_side_by_side(

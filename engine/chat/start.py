@@ -112,10 +112,12 @@ class Chat:
                 self._conversation.system = rest.strip() or None
             case "/reset":
                 self._conversation.reset()
+                _say("all that was said is forgotten")
             case "/save":
                 if not rest.strip():
                     raise UsageError("/save takes the name of a file")
                 self._conversation.save(rest.strip())
+                _say(f"the conversation is in {rest.strip()}")
             case "/stats":
                 _say(self._stats())
             case _ if word.startswith("/") and "/" not in word[1:]:

@@ -63,7 +63,9 @@ def test_logits_are_those_of_fp32(
     flags = ("--device=cuda", "--dtype=bfloat16", f"--cache={cache_flag}", f"--slots={slots}")
     with fed.model(room, store, *flags) as (model, engine), torch.inference_mode():
         assert supports(model) == ""
-        step = Step(model, engine.client)
+        step = Step(
+            model, engine.client
+        )  # takes dequantized weights too, though no loop asks it to
         cache = make_cache(model.config.num_hidden_layers, len(PROMPT) + 1)
         prompt = torch.tensor([PROMPT], device="cuda")
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -77,6 +79,39 @@ def test_logits_are_those_of_fp32(
         theirs = (plain - expected).abs().max() / scale  # of transformers in bf16
         assert theirs > 0
         assert ours <= 1.5 * theirs, (float(ours), float(theirs))
+
+
+def test_the_cache_does_not_show(room: Room, store: Path) -> None:
+    """The same bits whatever is granted together, streamed or resident, graphed or not."""
+    generator = torch.Generator().manual_seed(9)
+    ids = torch.randint(320, (90,), generator=generator).tolist()
+    found = {}
+    for cache_flag, strategy in (
+        ("-1", "resident"),
+        ("9", "resident"),
+        ("4", "ring"),
+        ("1", "ring"),
+    ):
+        name = f"cache{cache_flag}"
+        flags = (
+            f"--cache={cache_flag}",
+            f"--strategy={strategy}",
+            "--slots=packed",
+            f"--name={name}",
+        )
+        feeder = room.feeder("--model", store, "--device=cuda", "--dtype=bfloat16", *flags)
+        with fed.connected(room, feeder, name) as engine, torch.inference_mode():
+            model = fed.build(engine)
+            step = Step(model, engine.client)
+            cache = make_cache(model.config.num_hidden_layers, 8)
+            prompt = torch.tensor([PROMPT], device="cuda")
+            output = model(input_ids=prompt, past_key_values=cache, use_cache=True)
+            found[cache_flag] = torch.stack(
+                [output.logits[0, -1].float(), *stepped(step, model, ids, cache)]
+            )
+            step.rest()
+    for other in ("9", "4", "1"):
+        assert torch.equal(found["-1"], found[other]), other
 
 
 def test_a_swap_under_the_graph(room: Room, checkpoint: Path, store: Path) -> None:

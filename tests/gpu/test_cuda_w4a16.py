@@ -32,7 +32,11 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
     assert error_of(multiply(x, weights, bias, scratch), expected) < torch.finfo(dtype).eps
     planes = spread(x)
     one = [OneTokenCut(16, 4, 1, 4), OneTokenCut(16, 2, 3, 4), OneTokenCut(32, 2, 8, 4)]
-    several = [TokensCut(32, 1, 2, 3), TokensCut(64, 3, 4, 4), TokensCut(64, 8, 4, 3)]
+    several = [
+        TokensCut(32, 2, False, 2, 3),
+        TokensCut(64, 2, True, 4, 4),
+        TokensCut(64, 8, True, 4, 3),
+    ]
     for cut in one if tokens == 1 else several:
         rows_of_program = 2 * cut.tile if isinstance(cut, OneTokenCut) else cut.rows
         if any(count % rows_of_program for count in rows):

@@ -13,11 +13,13 @@ from common.config import Cache
 from common.errors import MemoryShortageError, StrategyError
 from common.plan import Capacity, Plan
 from common.store import Store
-from feeder.budget import Request, slot_sizes
+from feeder.budget import Request, slot_formats, slot_sizes
+from feeder.quantize import quantize_checkpoint
 from feeder.strategies.base import Strategy
 from feeder.strategies.on_demand import OnDemand
 from feeder.strategies.registry import BUILT_IN, make_strategy
 from feeder.strategies.ring import Ring
+from tests.checkpoints import make_checkpoint
 from tests.stores import LINEAR, write_store
 
 PLENTY = 1 << 60
@@ -152,9 +154,70 @@ def test_a_strategy_that_says_too_little_or_too_much(answer: int, units: int) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_slots_are_as_large_as_their_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     store = Store.open(write_store(tmp_path / "store"))
-    sizes = slot_sizes(store, dtype)
-    for entry, size in zip(store.weights, sizes, strict=True):
+    formats = ["packed" if weight % 3 else "dequantized" for weight in range(len(store.weights))]
+    sizes = slot_sizes(store, dtype, formats)
+    for entry, slot_format, size in zip(store.weights, formats, sizes, strict=True):
         rows, columns = LINEAR[entry.name]
-        needed = rows * columns * (4 if dtype == torch.float32 else 2)
+        if slot_format == "packed":
+            codes, blocks = -(-rows * columns // 2), -(-rows * columns // 128)
+            needed = -(-codes // 256) * 256 + 2 * blocks
+        else:
+            needed = rows * columns * (4 if dtype == torch.float32 else 2)
         assert size % 512 == 0
         assert needed <= size < needed + 512
+
+
+class Chooses(Strategy):
+    """Wants some weights in a format of its own."""
+
+    name = "chooses"
+
+    def __init__(self, answers: dict[int, object]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def slot_format(self, weight: int, usual: str) -> str:
+        answer = self.answers.get(weight, usual)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def packable_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two layers; all weights but down_proj, which has 200 columns, can be multiplied with packed."""
+    path = tmp_path_factory.mktemp("packable")
+    checkpoint = make_checkpoint(path / "model", hidden=64, intermediate=200)
+    quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
+    return Store.open(path / "store")
+
+
+def test_what_slots_hold(packable_store: Store) -> None:
+    names = [entry.name for entry in packable_store.weights]
+    total = len(names)
+    best = ["dequantized" if name.endswith("down_proj") else "packed" for name in names]
+    assert best.count("packed") == total - 2
+    for slots in ("auto", "packed"):
+        assert slot_formats(packable_store, slots, Ring()) == best
+    assert slot_formats(packable_store, "dequantized", Ring()) == ["dequantized"] * total
+    first, down = 0, next(i for i, name in enumerate(names) if name.endswith("down_proj"))
+    mixed = Chooses({first: "dequantized", down: "packed"})
+    expected = ["dequantized", *best[1:]]  # what cannot be packed is not
+    assert slot_formats(packable_store, "auto", mixed) == expected
+    only = slot_formats(packable_store, "dequantized", Chooses({first: "packed"}))
+    assert only == ["packed"] + ["dequantized"] * (total - 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("int4", "gives 'int4', expected dequantized or packed"),
+        (None, "gives None"),
+        (ValueError("no idea"), "raises ValueError"),
+    ],
+)
+def test_a_strategy_that_names_no_format_is_refused(
+    packable_store: Store, answer: object, problem: str
+) -> None:
+    with pytest.raises(StrategyError, match=f"^chooses: slot_format {problem}"):
+        slot_formats(packable_store, "auto", Chooses({3: answer}))

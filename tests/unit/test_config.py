@@ -31,6 +31,7 @@ def test_whole_sizes(number: int, unit: str, space: bool) -> None:
         ("9007199254740993B", 9007199254740993),  # a double would make it ...992
         ("0.3TB", 300_000_000_000),
         ("1.000000000000001TB", 1_000_000_000_000),
+        ("9223372036854775807B", (1 << 63) - 1),
     ],
 )
 def test_sizes_are_exact_and_rounded_down(text: str, size_bytes: int | None) -> None:
@@ -39,6 +40,14 @@ def test_sizes_are_exact_and_rounded_down(text: str, size_bytes: int | None) -> 
             parse_size(text)
     else:
         assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["9223372036854775808B", "8388608TiB", "999999999999999999TB"])
+def test_sizes_that_no_message_can_carry_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is beyond 64 bits: give at most 8388607TiB"):
+        parse_size(text)
+    with pytest.raises(UsageError, match="is not understood: give a number of weights"):
+        Cache.parse(text)
 
 
 BAD_SIZES = [
@@ -66,6 +75,7 @@ def test_bad_sizes_are_refused(text: str) -> None:
         ("10GiB", Cache(size_bytes=10 << 30), "10737418240B"),
         ("1B", Cache(size_bytes=1), "1B"),
         ("2.5 kB", Cache(size_bytes=2500), "2500B"),
+        ("1000000000GB", Cache(size_bytes=10**18), "1000000000000000000B"),
         ("999999999999", Cache(count=999999999999), "999999999999"),
     ],
 )

@@ -14,6 +14,7 @@ from feeder.scheduler import Scheduler
 from feeder.simulate import load_shape
 from feeder.simulation import (
     DEQUANTIZE_SHARE,
+    FUSED_SHARE,
     PIECE_BYTES,
     PRODUCT_SHARE,
     Hardware,
@@ -90,7 +91,7 @@ def test_a_slow_device_reads_slots_as_they_are() -> None:
     assert dequantized.seconds == pytest.approx(COUNT * SLOT / 1e12 / PRODUCT_SHARE, rel=1e-3)
     every = range(COUNT)
     packed = simulation(COUNT, hardware(device=1e12), "resident", every).steady()
-    assert packed.seconds == pytest.approx(COUNT * PACKED / 1e12 / PRODUCT_SHARE, rel=1e-3)
+    assert packed.seconds == pytest.approx(COUNT * PACKED / 1e12 / FUSED_SHARE, rel=1e-3)
     assert packed.device_s == pytest.approx(packed.seconds, rel=1e-3)
 
 
@@ -159,10 +160,10 @@ def test_many_tokens_are_bound_by_products() -> None:
 def test_many_tokens_with_packed_slots_dequantize_first() -> None:
     prefill = simulation(COUNT, hardware(device=1e12), "resident", range(COUNT))
     prefill.steady()
-    read = COUNT * PACKED / 1e12 / PRODUCT_SHARE
+    read = COUNT * PACKED / 1e12 / FUSED_SHARE
     assert prefill.run(1, 16) == pytest.approx(read, rel=0.01)
-    more = COUNT * 4 * ELEMENTS / 1e12 / PRODUCT_SHARE
-    assert prefill.run(1, 17) == pytest.approx(read + more, rel=0.01)
+    more = COUNT * (PACKED + 4 * ELEMENTS) / 1e12 / PRODUCT_SHARE
+    assert prefill.run(1, 17) == pytest.approx(more, rel=0.01)
 
 
 def test_large_weights_are_dequantized_behind_their_copy() -> None:
