@@ -39,6 +39,9 @@ class Text:
             raise StoreError(
                 f"the tokenizer in {store.path} cannot be loaded: {error}: quantize again"
             ) from error
+        self.tokenizer.model_max_length = (
+            1 << 62
+        )  # it would warn: what counts is the model's context
 
     def encode(self, text: str, raw: bool) -> list[int]:
         if raw or not self.tokenizer.chat_template:

@@ -33,10 +33,9 @@ def test_a_conversation(room: Room, demo_store: Path, tmp_path: Path) -> None:
         said = [("user", "1.1+2.3=?"), ("assistant", ANSWER)]
         messages = json.loads(saved.read_text())["messages"]
         assert [(message["role"], message["content"]) for message in messages] == said
-        # A context of 512 tokens has room for few answers.
-        replies = [say(it, "20+30=?") for _ in range(3)]
-        assert "questions and answers are forgotten" in replies[-1]
-        assert "are forgotten" not in replies[0]
+        # Every digit is a token, and the context has 512.
+        assert "forgotten" not in say(it, "2" * 200)
+        assert "the oldest 2 questions and answers are forgotten" in say(it, "3" * 200)
         say(it, "/reset")
         assert ANSWER in say(it, "1.1+2.3=?")  # as if it were the first
         say(it, "/system Answer.")
