@@ -202,12 +202,15 @@ class _Marked(Work):
     """An event on a stream; goes back to the pool of idle events when it has fired."""
 
     def __init__(self, event: torch.cuda.Event, pool: list[torch.cuda.Event]) -> None:
-        self._event, self._pool = event, pool
+        self._event: torch.cuda.Event | None = event
+        self._pool = pool
 
     def complete(self) -> bool:
-        if not self._event.query():
-            return False
-        self._pool.append(self._event)
+        if self._event is not None:
+            if not self._event.query():
+                return False
+            self._pool.append(self._event)
+            self._event = None  # it is somebody else's now
         return True
 
 

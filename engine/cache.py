@@ -18,9 +18,10 @@ STEP_TOKENS = 256  # capacities are multiples of it
 class PastLayer(DynamicLayer):
     """``keys`` and ``values``: views [1, KV heads, length, head_dim] of memory for ``capacity`` tokens."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, limit: int) -> None:
+        """``limit``: tokens that there can ever be; it does not grow ahead beyond them."""
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self._limit = capacity, limit
         self.memory: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -55,7 +56,7 @@ class PastLayer(DynamicLayer):
         """Make room for at least so many tokens; those that are there stay."""
         assert self.memory is not None
         length, former = self.get_seq_length(), self.capacity
-        self.capacity = rounded(max(tokens, former + former // 4))
+        self.capacity = rounded(max(tokens, min(former + former // 4, self._limit)))
         try:
             grown = self._allocate(self.memory[0]), self._allocate(self.memory[1])
         except BaseException:
@@ -75,10 +76,11 @@ class PastLayer(DynamicLayer):
         return states.new_zeros((batch, heads, self.capacity, dim))
 
 
-def make_cache(layers: int, tokens: int) -> DynamicCache:
-    """A cache of so many layers, with room for ``tokens`` at first."""
+def make_cache(layers: int, tokens: int, limit: int = 1 << 62) -> DynamicCache:
+    """A cache of so many layers, with room for ``tokens`` at first, and never for more than ``limit``
+    unless it must."""
     cache = DynamicCache()
-    cache.layers = [PastLayer(rounded(tokens)) for _ in range(layers)]
+    cache.layers = [PastLayer(rounded(tokens), limit) for _ in range(layers)]
     return cache
 
 

@@ -46,7 +46,7 @@ class WeightClient:
         when it is taken and before it is returned, which is slow."""
         self._verify = verify
         self.stats = Stats()
-        self._checksums: dict[int, int] = {}  # in verify mode, by weight
+        self._checksums: dict[tuple[int, str], int] = {}  # in verify mode, by weight and format
         self.packed = False  # whether slots hold packed weights, as far as they can be
         self.names: list[str] = []  # of the weights, for errors; empty until they are known
         self._lock = threading.RLock()
@@ -248,7 +248,8 @@ class WeightClient:
     def _check(self, lease: Lease, moment: str) -> None:
         found, grant = slot_checksum(lease.data), lease.grant
         # A feeder without --verify sends none: then a weight must be what it was at its first use.
-        expected = self._checksums.setdefault(grant.weight, grant.checksum or found)
+        key = (grant.weight, grant.format)
+        expected = self._checksums.setdefault(key, grant.checksum or found)
         if found != expected:
             name = self.names[grant.weight] if self.names else f"weight {grant.weight}"
             raise SlotCorruptError(

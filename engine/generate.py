@@ -50,6 +50,7 @@ class Sampling:
         if config.max_new_tokens is None or self.max_new_tokens is not None:
             config.max_new_tokens = self.max_new_tokens or DEFAULT_NEW_TOKENS
         config.max_length = None
+        config.update(num_beams=1, num_return_sequences=1)  # one sequence, whatever the model's say
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         asked = {name: value for name, value in sampled.items() if value is not None}
         if self.greedy or self.temperature == 0:

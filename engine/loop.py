@@ -45,16 +45,18 @@ class Loop:
         state = _State(input_ids, logits_processor, stopping_criteria, generation_config.do_sample)
         logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
         try:
-            unread = state.choose(logits)
+            unread = self._choose(state, logits, cache)
             while True:
                 ahead = None
                 if self._step is not None and self._step.graphed and not state.full:
-                    ahead = state.choose(self._next(model, state.last, cache))
+                    ahead = self._choose(state, self._next(model, state.last, cache), cache)
                 token, ended = unread.read()
                 put(token)
                 if ended:
+                    if ahead is not None:
+                        state.ids = state.ids[:, :-1]  # launched in vain
                     break
-                unread = ahead or state.choose(self._next(model, state.last, cache))
+                unread = ahead or self._choose(state, self._next(model, state.last, cache), cache)
         finally:
             if self._step is not None:
                 self._step.rest()
@@ -62,14 +64,35 @@ class Loop:
 
     def _cache_for(self, model: Any, tokens: int) -> DynamicCache:
         """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
-        cache = self._cache or make_cache(model.config.num_hidden_layers, tokens)
+        config = model.config
+        cache = self._cache or make_cache(
+            config.num_hidden_layers, tokens, config.max_position_embeddings
+        )
         self._cache = cache
         for layer in past(cache):
             layer.reset()
-            if layer.memory is None:
-                layer.capacity = rounded(tokens)
+            if layer.memory is None or layer.capacity < tokens:
+                layer.memory, layer.capacity = None, rounded(tokens)
         self._survive(lambda: reserve(cache, tokens), cache)
         return cache
+
+    @property
+    def kept_tokens(self) -> int:
+        """For how many tokens it has memory, which the next prompt may use."""
+        layers = past(self._cache) if self._cache else []
+        return layers[0].capacity if layers and layers[0].memory is not None else 0
+
+    def _choose(self, state: _State, logits: torch.Tensor, cache: DynamicCache) -> _Unread:
+        def attempt() -> _Unread:
+            try:
+                return state.choose(logits)
+            except torch.OutOfMemoryError:
+                if self._step is not None:
+                    self._step.rest()
+                raise
+
+        unread: _Unread = self._survive(attempt, cache)
+        return unread
 
     def _prefill(
         self, model: Any, ids: torch.Tensor, cache: DynamicCache, chunk: int | None
@@ -79,6 +102,8 @@ class Loop:
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        if self._step is not None and not self._step.useful:
+            self._step.rest()
         if self._step is None or not self._step.useful:
             output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return output.logits[:, -1]
@@ -122,8 +147,10 @@ class _State:
             token = torch.multinomial(chances, num_samples=1)
         else:
             token = torch.argmax(scores, dim=-1, keepdim=True)
-        self.ids = torch.cat([self.ids, token], dim=1)
-        return _Unread(token, self._criteria(self.ids, scores))
+        ids = torch.cat([self.ids, token], dim=1)
+        unread = _Unread(token, self._criteria(ids, scores))
+        self.ids = ids
+        return unread
 
 
 class _Unread:

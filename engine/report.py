@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -44,7 +45,9 @@ class Report:
         self._answers.append(answer)
 
     def __enter__(self) -> Report:
-        if sys.stderr.isatty():
+        if (
+            sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        ):  # which has no last row to go to
             self._live = _LiveLine(self)
         return self
 

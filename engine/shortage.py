@@ -44,17 +44,18 @@ class MemoryKeeper:
 
         model.forward = forward
 
-    def chunk(self, tokens: int) -> int | None:
+    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
         """How many of a prompt's ``tokens`` a pass may take; None if all of them. Slots give what the
-        prompt needs and the engine has not."""
+        prompt needs and the engine has not. ``kept_tokens``: for so many there is a KV cache already."""
         config, itemsize = self._config, self._itemsize
         least = kv_bytes(config, tokens, itemsize)
         whole = activation_bytes(config, tokens, itemsize)
         least += min(whole, split_bytes(config, tokens, LONG_PROMPT_PASS, itemsize))
-        missing = least - self._memory.room_bytes()
+        kept = kv_bytes(config, min(tokens, kept_tokens), itemsize)
+        missing = least - kept - self._memory.room_bytes()
         if missing > 0:
             self._client.shrink(max(missing, LEAST_BYTES))
-        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes())
+        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes() + kept)
         if found >= tokens:
             return None
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)

@@ -142,8 +142,12 @@ def _generate(
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
     loop = Loop(step, keeper.survive)
+
+    def chunk(tokens: int) -> int | None:
+        return keeper.chunk(tokens, loop.kept_tokens)
+
     raw = bool(getattr(arguments, "raw", False))
-    generator = Generator(model, codec, sampling, raw, loop, keeper.chunk)
+    generator = Generator(model, codec, sampling, raw, loop, chunk)
     if arguments.wait_full:
         _wait_full(client)
     with ExitStack() as stack:

@@ -8,7 +8,8 @@ CUDA graph: no message, no allocation, one launch. A revoked grant drops the gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +183,8 @@ class Step:
         self._held = {lease.grant.weight: lease for lease in leases}
         grants = [(id(x.mapping), x.grant.offset_bytes, x.grant.generation) for x in leases]
         if grants != self._graph_grants:
-            self._graph, self._graph_grants = None, grants
+            # Distances between weights are arguments, and large ones take another variant of a kernel.
+            self._graph, self._loaded, self._graph_grants = None, False, grants
         return True
 
     def _drop(self) -> None:
@@ -193,11 +195,11 @@ class Step:
     def _replay(self, layers: Sequence[PastLayer]) -> None:
         memory = layers[0].memory  # all layers get theirs together
         if self._graph is None or memory is not self._graph_memory:
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # The keeper of the client may ask after events meanwhile: that is no part of this.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run(layers)
-            self._graph_memory = memory
+            self._graph, self._graph_memory = graph, memory
         self._graph.replay()
 
     # The token ---------------------------------------------------------------------------------
@@ -227,48 +229,50 @@ class Step:
         bias: torch.Tensor | None,
         y: torch.Tensor,
         norm: bool,
+        leases: list[Lease] | None = None,
     ) -> None:
-        """y = W x + bias for weights that share x, in one launch if that can be."""
+        """y = W x + bias for weights that share x, in one launch if that can be. ``leases``: of all of
+        them, if they are taken."""
         sums = self._sums[: self._sum_count] if norm else None
         epilogue = Epilogue(int(PLAIN), sums, self._config.rms_norm_eps, pdl=self._pdl)
-        leases = self._try(linears)
-        if leases is not None:
-            multiply_one(planes, _packed(linears, leases), bias, y, self._scratch, epilogue)
-            self._release(leases)
+        leases = leases or self._try(linears)
+        if leases is not None and _all_packed(leases):
+            with self._until_read(leases):
+                packed = _packed(linears, leases)
+                multiply_one(planes, packed, bias, y, self._scratch, epilogue)
             return
-        first = 0
-        for linear in linears:
-            lease = self._client.acquire(linear.weight_index)
+        for number, linear in enumerate(linears):
+            first = sum(before.out_features for before in linears[:number])
             part = y[first : first + linear.out_features]
             part_bias = None if bias is None else bias[first : first + linear.out_features]
-            if lease.grant.format == PACKED:
-                packed = _packed([linear], [lease])
-                multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
-            else:
-                part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
-            self._release([lease])
-            first += linear.out_features
+            lease = leases[number] if leases else self._client.acquire(linear.weight_index)
+            with self._until_read([lease]):
+                if lease.grant.format == PACKED:
+                    packed = _packed([linear], [lease])
+                    multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
+                else:
+                    part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
 
     def _add(self, linear: FedLinear, planes: torch.Tensor, norm: torch.Tensor) -> None:
         """hidden += W x, and the next x."""
         lease = self._lease(linear)
-        if lease.grant.format == PACKED:
+        with self._until_read([lease]):
+            if lease.grant.format != PACKED:
+                y = linear.multiply(self._dense(planes, norm=False), lease)
+                self._begin(self._hidden + y.view(-1), norm)
+                return
             epilogue = Epilogue(
                 int(RESIDUAL), hidden=self._hidden, norm=norm, planes=self._planes,
                 next_sums=self._sums, pdl=self._pdl,
             )  # fmt: skip
             packed = _packed([linear], [lease])
             self._sum_count = multiply_one(planes, packed, None, None, self._scratch, epilogue)
-        else:
-            y = linear.multiply(self._dense(planes, norm=False), lease)
-            self._begin(self._hidden + y.view(-1), norm)
-        self._release([lease])
 
     def _gate(self, linears: list[FedLinear]) -> None:
         """silu(gate x) * (up x)."""
         leases = self._try(linears)
-        if leases is None:
-            self._multiply(linears, self._planes, None, self._pair, norm=True)
+        if leases is None or not _all_packed(leases):
+            self._multiply(linears, self._planes, None, self._pair, True, leases)
             gate, up = self._pair.chunk(2)
             grid = (gate.numel() // BEGIN_SIZE,)
             glu_kernel[grid](
@@ -279,9 +283,9 @@ class Step:
             int(GLU), self._sums[: self._sum_count], self._config.rms_norm_eps,
             planes=self._planes_inner, pdl=self._pdl,
         )  # fmt: skip
-        packed = _packed(linears, leases)
-        multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
-        self._release(leases)
+        with self._until_read(leases):
+            packed = _packed(linears, leases)
+            multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
 
     def _attend(self, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
@@ -320,24 +324,25 @@ class Step:
     # Leases ------------------------------------------------------------------------------------
 
     def _try(self, linears: list[FedLinear]) -> list[Lease] | None:
-        """The leases of all, if all are granted now and packed."""
+        """The leases of all, if all are granted now."""
         if self._held:
             return [self._held[linear.weight_index] for linear in linears]
-        leases = self._client.try_acquire([linear.weight_index for linear in linears])
-        if leases is not None and any(lease.grant.format != PACKED for lease in leases):
-            self._release(leases)
-            return None
-        return leases
+        return self._client.try_acquire([linear.weight_index for linear in linears])
 
     def _lease(self, linear: FedLinear) -> Lease:
         if self._held:
             return self._held[linear.weight_index]
         return self._client.acquire(linear.weight_index)
 
-    def _release(self, leases: Sequence[Lease]) -> None:
-        if not self._held:
-            for lease in leases:
-                self._client.release(lease)
+    @contextmanager
+    def _until_read(self, leases: Sequence[Lease]) -> Iterator[None]:
+        """What is queued in here is the last that reads these leases, unless they are held."""
+        try:
+            yield
+        finally:
+            if not self._held:
+                for lease in leases:
+                    self._client.release(lease)
 
     # Memory ------------------------------------------------------------------------------------
 
@@ -380,6 +385,10 @@ def _layer(layer: Any) -> _Layer:
         norm=layer.input_layernorm.weight,
         norm_mlp=layer.post_attention_layernorm.weight,
     )
+
+
+def _all_packed(leases: Sequence[Lease]) -> bool:
+    return all(lease.grant.format == PACKED for lease in leases)
 
 
 def _packed(linears: Sequence[FedLinear], leases: Sequence[Lease]) -> list[Any]:

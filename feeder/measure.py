@@ -48,7 +48,7 @@ def measure(host: HostStore, memory: Memory, dtype: torch.dtype) -> Measured | N
             return _on_cuda(host.tensor, memory, dtype)
         with _one_thread():
             return _on_cpu(host, dtype)
-    except (MemoryShortageError, torch.OutOfMemoryError) as error:
+    except (MemoryShortageError, RuntimeError) as error:  # cuBLAS has errors of its own for it
         log.warning("nothing is measured: %s", str(error).partition(". ")[0])
         return None
     finally:

@@ -10,10 +10,10 @@ import torch
 
 from common import protocol as p
 from common.config import Cache, format_bytes
-from common.errors import MemoryShortageError
+from common.errors import WeightFeederError
 from common.formats import DEQUANTIZED, PACKED, slot_bytes
 from common.log import log
-from common.memory import Memory, Segment
+from common.memory import PAGE_BYTES, Memory, Segment
 from common.plan import Capacity, Plan
 from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
@@ -97,7 +97,11 @@ class SlotMemory:
         if Lock.holder(self._directory / ENGINE_LOCK) is None:
             self._given_bytes = 0  # the engine that got them is gone
         engine_runs = Lock.holder(self._directory / MODEL_LOCK) is not None
-        return slot_room(footprint, self._limits, free_bytes, engine_runs, self._given_bytes)
+        room = slot_room(footprint, self._limits, free_bytes, engine_runs, self._given_bytes)
+        if self.memory.device.type == "cpu":
+            return room
+        pages = room.size_bytes // PAGE_BYTES  # an allocation is of whole pages
+        return replace(room, size_bytes=pages * PAGE_BYTES)
 
     @property
     def engine_bytes(self) -> int:
@@ -125,17 +129,20 @@ class SlotMemory:
         """A segment for another cache; no slot may be in use. "" or why it stayed as it was."""
         self._segment.close()
         self.segment_id += 1
+        former = self.formats, self.sizes, self.footprint
         try:
-            self._stage(slot_formats(self.store, slots, strategy))
+            self.formats = slot_formats(self.store, slots, strategy)
+            self.sizes = slot_sizes(self.store, self.dtype, self.formats)
+            self._stage(self.formats)
+            self.footprint = self._choose_footprint()
             capacity = self.fitting(strategy, cache, slots)
             self._segment = self.memory.allocate(capacity.size_bytes)
-        except MemoryShortageError as error:
+        except WeightFeederError as error:  # also of a strategy that answers otherwise now
+            self.formats, self.sizes, self.footprint = former
             self._stage(self.formats)
             self._segment = self.memory.allocate(self.capacity.size_bytes)
             return f"{error}: cache and strategy stay as they were"
         self.capacity, self.cache, self.slots = capacity, cache, slots
-        self.formats = slot_formats(self.store, slots, strategy)
-        self.sizes = slot_sizes(self.store, self.dtype, self.formats)
         return ""
 
     def spare_bytes(self, size_bytes: int) -> int:

@@ -25,6 +25,7 @@ from tests.processes import PATIENCE_S, Process, Room, until
 DEVICE = os.environ.get("WEIGHT_FEEDER_TEST_DEVICE", "cpu")
 FULL = os.environ.get("WEIGHT_FEEDER_CHAOS") == "full"
 STRATEGIES = ("ring", "resident", "on-demand")
+SLOTS = ("packed", "dequantized")
 LONGEST = 4000 if FULL else 700  # tokens
 
 #: Some processes are started ahead of their use, as far as there are cores for them.
@@ -36,9 +37,12 @@ def count(default: int, full: int) -> int:
     return full if FULL else default
 
 
-def feeder_flags(store: Path, cache: object = 5, strategy: str = "ring") -> list[str]:
+def feeder_flags(
+    store: Path, cache: object = 5, strategy: str = "ring", slots: str = "auto"
+) -> list[str]:
     return [
-        f"--model={store}", f"--cache={cache}", f"--strategy={strategy}", f"--device={DEVICE}",
+        f"--model={store}", f"--cache={cache}", f"--strategy={strategy}", f"--slots={slots}",
+        f"--device={DEVICE}",
     ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights without a tokenizer: prompts are token ids."""
+    """Two layers of random weights without a tokenizer: prompts are token ids. None can be packed."""
     path = tmp_path_factory.mktemp("small")
     quantize_checkpoint(make_checkpoint(path / "model"), path / "store", "cpu", progress=False)
     return path / "store"
@@ -36,9 +36,9 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like the small one, of a model that goes on for as long as it is asked to."""
+    """Of a model that goes on for as long as it is asked to. Slots may be packed."""
     path = tmp_path_factory.mktemp("long")
-    checkpoint = make_checkpoint(path / "model")
+    checkpoint = make_checkpoint(path / "model", hidden=128, intermediate=192)
     edit_config(checkpoint, max_position_embeddings=2 * lives.LONGEST)
     (checkpoint / "generation_config.json").write_text('{"bos_token_id": 0}')
     quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
@@ -49,7 +49,7 @@ def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def long_text(long_store: Path) -> list[str]:
     """The tokens of an undisturbed generation; that of fewer tokens begins in the same way."""
     with processes.room() as place:
-        place.feeder(*lives.feeder_flags(long_store, cache=-1))
+        place.feeder(*lives.feeder_flags(long_store, cache=-1, slots="dequantized"))
         ended = place.engine(*lives.engine_flags(lives.LONGEST)).wait()
     assert ended.code == 0, ended.err
     tokens = ended.out.split()

@@ -90,10 +90,11 @@ def corrupt(feeder: Process) -> None:
 NAMED = r"error: verify at (\w+): ((?:model|lm_head)\S*) in slot \d+, generation \d+, has checksum"
 
 
+@pytest.mark.parametrize("slots", lives.SLOTS)
 def test_verify_mode_finds_nothing_when_all_is_well(
-    room: Room, long_store: Path, long_text: list[str]
+    room: Room, long_store: Path, long_text: list[str], slots: str
 ) -> None:
-    flags = lives.feeder_flags(long_store, 4, "resident")
+    flags = lives.feeder_flags(long_store, 4, "resident", slots)
     room.feeder(*flags, "--verify")
     room.feeder(*flags, name="checked")
     engines = [
@@ -106,8 +107,9 @@ def test_verify_mode_finds_nothing_when_all_is_well(
 
 
 @pytest.mark.skipif(lives.DEVICE != "cpu", reason="reaches into the slots through /proc")
+@pytest.mark.parametrize("slots", lives.SLOTS)
 def test_verify_mode_stops_at_a_slot_that_was_written_to(
-    room: Room, long_store: Path, long_text: list[str]
+    room: Room, long_store: Path, long_text: list[str], slots: str
 ) -> None:
     names = {weight.name for weight in Store.open(long_store).weights}
 
@@ -119,7 +121,7 @@ def test_verify_mode_stops_at_a_slot_that_was_written_to(
         assert "Traceback" not in text
 
     # The engine alone verifies: what stays was right, and is no more.
-    feeder = room.feeder(*lives.feeder_flags(long_store, -1))
+    feeder = room.feeder(*lives.feeder_flags(long_store, -1, slots=slots))
     engine = room.engine("--verify", *lives.engine_flags(lives.LONGEST))
     lives.until_generating(engine)
     corrupt(feeder)
@@ -130,13 +132,15 @@ def test_verify_mode_stops_at_a_slot_that_was_written_to(
     assert said[:-1] == long_text[: len(said) - 1]  # nothing that is wrong was said before
     lives.stop(room, feeder)
     # The feeder verifies: it does not grant what was written to between two engines.
-    feeder = room.feeder(*lives.feeder_flags(long_store, -1), "--verify")
+    feeder = room.feeder(*lives.feeder_flags(long_store, -1, slots=slots), "--verify")
     assert room.engine(*lives.engine_flags(10)).wait().code == 0
     corrupt(feeder)
     engine = room.engine(*lives.engine_flags(50))
     stopped = feeder.wait()
     assert stopped.code == 1
     check(stopped.err, {"grant"})
-    room.feeder(*lives.feeder_flags(long_store, -1))  # the engine has lost it, and goes on
+    room.feeder(
+        *lives.feeder_flags(long_store, -1, slots=slots)
+    )  # the engine has lost it, and goes on
     ended = engine.wait()
     assert ended.code == 0 and ended.out.split() == long_text[:50], ended.err

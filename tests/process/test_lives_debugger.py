@@ -31,16 +31,16 @@ def line_of(file: str, text: str) -> str:
 def debug(it: Terminal, room: Room, long_text: list[str]) -> None:
     """Break at the first product, interrupt the prompt, go on to the right text, and leave."""
     it.read_until(PROMPT)
-    said = it.answer(f"break {line_of('engine/linear.py', 'nn.functional.linear(')}")
+    said = it.answer(f"break {line_of('engine/linear.py', 'format == PACKED:')}")
     assert "Breakpoint 1 at" in said, said
-    assert "nn.functional.linear(" in it.answer("continue")
-    assert "torch.Size([1, 4, 96])" in it.answer("p x.shape")
+    assert "if lease.grant.format == PACKED:" in it.answer("continue")
+    assert "torch.Size([1, 4, 128])" in it.answer("p x.shape")
     feeder = lock_holder(room, "feeder")
     assert feeder is not None
     for _ in range(3):
         it.type("\x03")
         it.read_until(PROMPT)
-    assert "torch.Size([1, 4, 96])" in it.answer("p x.shape")  # it stands where it stood
+    assert "torch.Size([1, 4, 128])" in it.answer("p x.shape")  # it stands where it stood
     assert lock_holder(room, "feeder") == feeder == lives.status(room)["pid"]
     it.answer("clear 1")
     said = it.answer("continue")

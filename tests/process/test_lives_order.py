@@ -29,9 +29,12 @@ def use(engine: fed.Engine, weight: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", lives.STRATEGIES)
-def test_a_cache_of_one_serves_every_order(room: Room, long_store: Path, strategy: str) -> None:
+@pytest.mark.parametrize("slots", lives.SLOTS)
+def test_a_cache_of_one_serves_every_order(
+    room: Room, long_store: Path, strategy: str, slots: str
+) -> None:
     generator = random.Random(2)
-    feeder = room.feeder(*lives.feeder_flags(long_store, 1, strategy))
+    feeder = room.feeder(*lives.feeder_flags(long_store, 1, strategy, slots))
     with fed.connected(room, feeder) as engine:
         total = len(engine.store.weights)
         forward = list(range(total))
@@ -46,6 +49,7 @@ def test_a_cache_of_one_serves_every_order(room: Room, long_store: Path, strateg
                 use(engine, weight)
         fields = engine.client.ask_status()
         assert fields["slots"] == 1 and fields["strategy"] == strategy
+        assert fields["packed_slots"] == (total if slots == "packed" else 0)
         assert engine.client.stats.uses == (2 + 3 * PASSES) * total
     assert "failed" not in feeder.err
 
@@ -64,7 +68,9 @@ def rows(out: str) -> list[tuple[str, ...]]:
 
 
 def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> None:
-    feeder = room.feeder(*lives.feeder_flags(long_store, 1), "--dtype=bfloat16")
+    feeder = room.feeder(
+        *lives.feeder_flags(long_store, 1, slots="dequantized"), "--dtype=bfloat16"
+    )
     with fed.connected(room, feeder) as engine:
         names, elements = load_shape(str(long_store))
         total = len(names)

@@ -41,10 +41,13 @@ def test_feeders_killed_at_random_moments(
     generator = random.Random(11)
     tokens = lives.count(500, lives.LONGEST)
     feeders = lives.Ahead(room, "feeder", FEEDER_KILLS + 1)
+    used: set[str] = set()
 
     def next_feeder() -> Process:
         cache, strategy = generator.choice(CACHES), generator.choice(lives.STRATEGIES)
-        feeder = feeders.begin(*lives.feeder_flags(long_store, cache, strategy))
+        slots = generator.choice(lives.SLOTS)
+        used.add(slots)
+        feeder = feeders.begin(*lives.feeder_flags(long_store, cache, strategy, slots))
         lives.wait_until_serving(room, feeder)
         return feeder
 
@@ -71,6 +74,7 @@ def test_feeders_killed_at_random_moments(
     ended = engine.wait()
     assert ended.code == 0, ended.err
     assert ended.out.split() == long_text[:tokens]
+    assert used == {*lives.SLOTS}
     # Within a second, and usually: what a busy machine adds is not the engine's.
     assert sorted(noticed)[len(noticed) // 2] < 1.0, noticed
     fields = lives.status(room)
@@ -101,7 +105,7 @@ def test_feeders_killed_as_they_start(room: Room, long_store: Path, long_text: l
 def test_a_polite_successor_and_one_with_another_store(
     room: Room, long_store: Path, long_text: list[str], tmp_path: Path
 ) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", seed=9)
+    checkpoint = make_checkpoint(tmp_path / "model", hidden=128, intermediate=192, seed=9)
     quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
     ours, others = (Store.open(path).fingerprint for path in (long_store, tmp_path / "store"))
     assert ours != others

@@ -35,8 +35,8 @@ class FailsLater(Ring):
 """
 
 
-def swap(room: Room, strategy: str, cache: str = "") -> str:
-    answer = lives.ask(room, p.Swap(strategy, cache))
+def swap(room: Room, strategy: str, cache: str = "", slots: str = "") -> str:
+    answer = lives.ask(room, p.Swap(strategy, cache, slots))
     assert isinstance(answer, p.Done)
     return answer.text
 
@@ -62,17 +62,21 @@ def test_swaps_at_random_moments_leave_the_text_as_it_is(
     engine = room.engine(*lives.engine_flags(TOKENS))
     lives.until_generating(engine)
     pid = lives.status(room)["engine_pid"]
-    seen = set()
+    seen, held = set(), "packed"
     for number in range(SWAPS):
         strategy, cache = generator.choice(lives.STRATEGIES), generator.choice(CACHES)
-        swap(room, strategy, cache)
+        slots = generator.choice(("", *lives.SLOTS))
+        held = slots or held
+        swap(room, strategy, cache, slots)
         fields = lives.status(room)
         assert fields["strategy"] == strategy
+        assert fields["packed_slots"] == (fields["weights"] if held == "packed" else 0)
         assert fields["engine_pid"] == pid == engine.pid, f"not the same engine: {number} swaps"
-        seen.add((strategy, fields["slots"]))
+        seen.add((strategy, fields["slots"], held))
         lives.pause(generator.random() * 0.15)
     assert engine.popen.poll() is None, f"the generation is too short for {SWAPS} swaps"
     assert len(seen) > SWAPS // 4  # not always the same one
+    assert {held for *_, held in seen} == {*lives.SLOTS}
     ended = engine.wait()
     assert ended.code == 0, ended.err
     assert ended.out.split() == long_text[:TOKENS]
@@ -133,6 +137,8 @@ def test_swaps_that_are_refused(
         lives.ask(room, p.Swap(f"{tmp_path}/absent.py:Mine", ""))
     with pytest.raises(PeerError, match="cache '0' holds no weight"):
         lives.ask(room, p.Swap("ring", "0"))
+    with pytest.raises(PeerError, match="slots 'int4' found: expected auto, packed, dequantized"):
+        lives.ask(room, p.Swap("ring", "", "int4"))
     commands = {
         ("swap", "best"): "strategy 'best' is not known: name one of ring, resident, on-demand",
         ("swap", "ring", "--cache=1KB"): "the largest weight, lm_head, needs",

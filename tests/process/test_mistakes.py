@@ -64,7 +64,7 @@ def test_the_launcher_says_at_once(room: Room, tmp_path: Path) -> None:
 def test_feeder(room: Room, small_store: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     store = Store.open(small_store)
-    largest = max(slot_sizes(store, torch.bfloat16))
+    largest = max(slot_sizes(store, torch.bfloat16, ["dequantized"] * len(store.weights)))
     model = f"--model={small_store}"
     bad = tmp_path / "bad.py"
     bad.write_text("class Mine:\n    pass\n\nraise ValueError('oh')\n")

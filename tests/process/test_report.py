@@ -24,9 +24,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use_all(client: WeightClient, passes: int) -> None:
+    """Use every weight, and wait until the feeder has nothing more to fill."""
     for _ in range(passes):
         for weight in range(TOTAL):
             client.release(client.acquire(weight))
+    until(
+        lambda: (status := client.ask_status())["slots_ready"] + status["slots_in_use"] == 1,
+        lambda: f"still filling: {client.ask_status()}",
+    )
 
 
 def test_the_summary_counts_what_every_feeder_streamed(room: Room, store: Path) -> None:
@@ -61,6 +66,7 @@ def test_the_live_line_leaves_errors_to_the_main_thread(
     """Here a second engine has taken the feeder that came after the first one's."""
     raised: list[object] = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with fed.engine(room, store, "--cache=2") as engine:
         ours = Report(engine.client)
