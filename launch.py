@@ -16,7 +16,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 try:
-    from common.arguments import Parser, add_common, add_engine, add_feeder, as_flags
+    from common.arguments import (
+        Parser,
+        add_chat,
+        add_common,
+        add_engine,
+        add_feeder,
+        add_server,
+        as_flags,
+    )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
@@ -42,8 +50,12 @@ examples:
   python launch.py --model ~/models/Qwen2.5-7B-Instruct --cache 10GiB --prompt 'Hello'
   python launch.py --model STORE --cache -1 --prompts in.jsonl --output out.jsonl
   python launch.py --model STORE --plan
+  python launch.py serve --model STORE --port 8000
+  python launch.py chat --model STORE
   python launch.py doctor
 """
+#: What the engine does, by the first word; without one it answers prompts.
+_COMMANDS = {"": add_engine, "serve": add_server, "chat": add_chat}
 
 
 def main(argv: list[str]) -> int:
@@ -66,8 +78,9 @@ def main(argv: list[str]) -> int:
 def _parse(
     argv: list[str],
 ) -> tuple[argparse.Namespace, list[argparse.Action], list[argparse.Action]]:
+    command = argv[0] if argv and argv[0] in _COMMANDS else ""
     parser = Parser(
-        prog="python launch.py",
+        prog=f"python launch.py {command}".rstrip(),
         description="Runs a Qwen2 model whose weights need not fit the GPU.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,13 +104,20 @@ def _parse(
     parser.add_argument(
         "--debug", action="store_true", help="the engine under pdb, with this terminal as its input"
     )
-    engine = add_engine(parser.add_argument_group("engine"))
+    engine = _COMMANDS[command](parser.add_argument_group("engine"))
     feeder = add_feeder(parser.add_argument_group("feeder"))
     both = add_common(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.prompt is None and arguments.prompts is None:
+    arguments = parser.parse_args(argv[1:] if command else argv)
+    arguments.command = command
+    if command == "serve" and arguments.model_name is None:
+        arguments.model_name = _model_name(arguments.model)
+    if not command and arguments.prompt is None and arguments.prompts is None:
         arguments.prompt = DEMO_PROMPT
     return arguments, [*feeder, *both], [*engine, *both]
+
+
+def _model_name(model: str | None) -> str:
+    return Path(model).expanduser().resolve().name if model else "demo"
 
 
 def _run(
@@ -107,13 +127,16 @@ def _run(
     supervisor: Supervisor,
 ) -> int:
     debugger = ["-m", "pdb"] if arguments.debug else []
-    engine = [sys.executable, *debugger, "-m", "engine", *as_flags(arguments, engine_actions)]
-    supervisor.leave_interrupts = arguments.debug
+    command = [arguments.command] if arguments.command else []
+    flags = as_flags(arguments, engine_actions)
+    engine = [sys.executable, *debugger, "-m", "engine", *command, *flags]
+    on_terminal = arguments.debug or arguments.command == "chat"
+    supervisor.leave_interrupts = on_terminal
     feeder = [sys.executable, "-m", "feeder", *as_flags(arguments, feeder_actions)]
     children: list[Child] = []
     if not arguments.feeder_only and not arguments.plan:
         # First, since importing transformers takes longest: the engine waits for its feeder.
-        children.append(supervisor.start("engine", engine, foreground=arguments.debug))
+        children.append(supervisor.start("engine", engine, foreground=on_terminal))
     store, quantize = _store(arguments)
     feeder.append(f"--model={store}")
     if arguments.engine_only:
@@ -124,7 +147,7 @@ def _run(
                 if not (store / "store.json").is_file():
                     supervisor.run("quantizer", quantize)
         if arguments.plan:
-            as_json = ["--json"] if arguments.json else []
+            as_json = ["--json"] if getattr(arguments, "json", False) else []
             supervisor.run("feeder", [*feeder, "--plan", *as_json])
             return EXIT_OK
         children.append(supervisor.start("feeder", feeder))

@@ -13,6 +13,9 @@ from typing import NoReturn
 from common.config import DTYPES, SLOTS
 from common.errors import EXIT_USAGE
 
+#: The server's key, where it is not given as a flag.
+API_KEY_VARIABLE = "WEIGHT_FEEDER_API_KEY"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
@@ -86,7 +89,52 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument("--output", metavar="FILE", help="answers of --prompts, as JSON lines"),
         parser.add_argument("--raw", action="store_true", help="leave the chat template out"),
     ]
-    sampling = [
+    run = [
+        parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
+        parser.add_argument(
+            "--profile", metavar="FILE", help="torch's profile of three decoding passes, as a trace"
+        ),
+    ]
+    return [*prompts, *_add_sampling(parser), *run, *_add_model(parser)]
+
+
+def add_server(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """The flags of an engine that serves, less --name."""
+    server = [
+        parser.add_argument(
+            "--host", default="127.0.0.1", metavar="ADDRESS",
+            help="where to listen; another than this machine's own takes a key",
+        ),
+        parser.add_argument(
+            "--port", type=int, default=8000, metavar="N", help="0: one that is free; default 8000"
+        ),
+        parser.add_argument(
+            "--api-key", metavar="KEY",
+            help=f"what clients must send; others here can read this flag, and not ${API_KEY_VARIABLE}",
+        ),
+        parser.add_argument(
+            "--model-name", metavar="NAME", help="what clients call it; default: its directory's"
+        ),
+        parser.add_argument(
+            "--max-tokens", type=int, default=4096, metavar="N",
+            help="the longest answer that is served; default 4096",
+        ),
+        parser.add_argument(
+            "--queue", type=int, default=64, metavar="N",
+            help="requests that may wait, more are refused; default 64",
+        ),
+    ]  # fmt: skip
+    return [*server, *_add_model(parser)]
+
+
+def add_chat(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    """The flags of an engine that chats, less --name."""
+    system = parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    return [system, *_add_sampling(parser), *_add_model(parser)]
+
+
+def _add_sampling(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    return [
         parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 512"),
         parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy"),
         parser.add_argument("--top-p", type=float, metavar="P"),
@@ -95,16 +143,18 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument("--seed", type=int, metavar="N"),
         parser.add_argument("--greedy", action="store_true", help="the likeliest token, always"),
     ]
-    run = [
+
+
+def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
+    return [
         parser.add_argument(
             "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager")
         ),
         parser.add_argument(
             "--speculate", default="auto", metavar="auto|off|lookup[:K]",
             help="check up to K tokens that the text so far suggests in one pass; auto (the"
-            " default): while weights are streamed",
+            " default): on the CPU, while weights are streamed",
         ),
-        parser.add_argument("--json", action="store_true", help="the summary as JSON, on stderr"),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"
         ),
@@ -114,13 +164,9 @@ def add_engine(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             help="transformers' forward pass for every token, no fused step and no CUDA graph",
         ),
         parser.add_argument(
-            "--profile", metavar="FILE", help="torch's profile of three decoding passes, as a trace"
-        ),
-        parser.add_argument(
             "--wait-full", action="store_true", help="fill the cache before the first prompt"
         ),
     ]  # fmt: skip
-    return [*prompts, *sampling, *run]
 
 
 def as_flags(arguments: argparse.Namespace, actions: Sequence[argparse.Action]) -> list[str]:

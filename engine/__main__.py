@@ -1,11 +1,12 @@
-"""``python -m engine``: generate with the weights that a feeder lends."""
+"""``python -m engine [serve|chat]``: generate with the weights that a feeder lends."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
-from common.arguments import Parser, add_common, add_engine
+from common.arguments import Parser, add_chat, add_common, add_engine, add_server
 from common.entry import run_process
 from common.process import Leash
 
@@ -13,25 +14,29 @@ _EPILOG = """\
 examples:
   python -m engine --prompt 'Why is the sky blue?'
   python -m engine --prompts sums.jsonl --output answers.jsonl
+  python -m engine serve --port 8000
+  python -m engine chat
   python -m pdb -m engine --prompt 'Hello'
 """
+_FLAGS = {"": add_engine, "serve": add_server, "chat": add_chat}
+_MODULES = {"": "engine.start", "serve": "engine.serve.start", "chat": "engine.chat.start"}
 
 
 def main(argv: list[str]) -> int:
+    command = argv[0] if argv and argv[0] in _FLAGS else ""
     parser = Parser(
-        prog="python -m engine",
+        prog=f"python -m engine {command}".rstrip(),
         description="Generates text with a Qwen2 model whose weights a feeder lends.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_engine(parser)
+    _FLAGS[command](parser)
     add_common(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(argv[1:] if command else argv)
 
     def work(leash: Leash) -> None:
-        from engine.start import run
-
-        run(arguments, leash)
+        module = import_module(_MODULES[command])  # only now: they import torch
+        module.run(arguments, leash)
 
     return run_process("engine", arguments.verbose, work)
 

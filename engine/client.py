@@ -61,6 +61,7 @@ class WeightClient:
         self._stream: Any = None
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
+        self._said: p.Fields = {}  # the last status of the feeder that is there
         self._streamed: dict[int, int] = {}  # bytes by the pid of the feeder, as it said last
         self._shrink: p.Shrink | None = None  # asked, and not answered
         self._shrunk = 0
@@ -174,6 +175,26 @@ class WeightClient:
         """Ask for the feeder's figures, as ``streamed_bytes`` needs them, without waiting."""
         with self._lock:
             self._connection.send(p.StatusRequest())
+
+    def glance(self) -> p.Fields:
+        """What the feeder said of itself last, empty if there is none; newer figures are asked for.
+        For any thread: it never waits, not even for a main thread that is blocked."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._connection.send(p.StatusRequest())
+            finally:
+                self._lock.release()
+        return self._said
+
+    @property
+    def has_feeder(self) -> bool:
+        """Whether a feeder is there, as far as is known. For any thread."""
+        return self._connection.feeder is not None
+
+    @property
+    def lost_feeders(self) -> int:
+        """How many feeders went while this engine had them."""
+        return self._connection.lost_feeders
 
     @property
     def streamed_bytes(self) -> int:
@@ -359,6 +380,7 @@ class WeightClient:
     def _lost(self) -> None:
         """Drop what the feeder lent. Its memory is unmapped when the last kernel is done with it."""
         self._early.clear()
+        self._said = {}
         for lease in self._ledger.lose():
             self._give_back(lease)
 
@@ -380,7 +402,7 @@ class WeightClient:
             case p.Retire(segment):
                 self._ledger.retire(segment)
             case p.Status(fields):
-                self._status = fields
+                self._status = self._said = fields
                 pid, streamed = fields.get("pid"), fields.get("streamed_bytes")
                 if isinstance(pid, int) and isinstance(streamed, int):
                     self._streamed[pid] = streamed

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from common.errors import UsageError
 from common.log import log
 from engine.loop import Loop
+from engine.pieces import Pieces
 from engine.text import Codec
 
 DEFAULT_NEW_TOKENS = 512
@@ -45,7 +46,7 @@ class Sampling:
                 raise UsageError(f"{flag} {value}: expected {expected}")
 
     def apply(self, config: GenerationConfig) -> GenerationConfig:
-        """The model's generation config with these flags in it."""
+        """``config``, the model's, with these flags in it."""
         if config.max_new_tokens is None or self.max_new_tokens is not None:
             config.max_new_tokens = self.max_new_tokens or DEFAULT_NEW_TOKENS
         config.max_length = None
@@ -65,13 +66,19 @@ class Sampling:
         return config
 
 
+class Stopped(Exception):
+    """For ``write`` and ``token`` to raise: the answer ends here. What there is of it counts."""
+
+
 @dataclass
 class Answer:
-    """``times_s``: the moments at which tokens were there, from the start of the prompt's pass."""
+    """``times_s``: the moments at which tokens were there, from the start of the prompt's pass.
+    ``ended``: the model itself has ended the text, with its token for that."""
 
     ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     text: str = ""
+    ended: bool = False
 
     @property
     def seconds(self) -> float:
@@ -82,28 +89,32 @@ class Answer:
         return self.times_s[0] if self.times_s else 0.0
 
 
-class _Stream(TextStreamer):
-    """transformers' streamer, which also notes when each token came."""
+class _Stream:
+    """What the loop hands its tokens to: notes when each came, and writes what text they make."""
 
     def __init__(
         self,
-        tokenizer: Any,
+        pieces: Pieces,
         answer: Answer,
         write: Callable[[str], None],
         token: Callable[[], None],
     ) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._answer, self._write, self._token = answer, write, token
+        self._pieces, self._answer, self._write, self._token = pieces, answer, write, token
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        self._answer.ids.extend(int(token) for token in value.flatten())
-        self._answer.times_s.append(time.perf_counter() - self._start)
-        self._token()
-        super().put(value)
+        for token in value.flatten().tolist():
+            self._answer.ids.append(token)
+            self._answer.times_s.append(time.perf_counter() - self._start)
+            self._token()
+            self._tell(self._pieces.add(token))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._write(text)
+    def end(self) -> None:
+        self._tell(self._pieces.end())
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._write(text)
 
 
 class Generator:
@@ -118,52 +129,84 @@ class Generator:
         loop: Loop,
         chunk: Callable[[int], int | None] = lambda tokens: None,
     ) -> None:
-        """``chunk``: how many of a prompt's tokens one pass may take, None for all of them."""
+        """``sampling``: of answers that are asked for without one. ``chunk``: how many of a prompt's
+        tokens one pass may take, None for all of them."""
         self._chunk, self._loop = chunk, loop
         self._model: Any = model  # its type has no ``generate``, which comes from a mixin
         self._codec, self._raw = codec, raw
-        self._config = sampling.apply(model.generation_config)
-        self._seed = sampling.seed
+        self._sampling = sampling
+        self._original = model.generation_config.to_dict()
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return int(self._model.config.max_position_embeddings)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer that is asked for without a sampling of its own."""
+        original = GenerationConfig.from_dict(self._original)
+        return int(self._sampling.apply(original).max_new_tokens)
 
     def answer(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         write: Callable[[str], None],
         token: Callable[[], None] = lambda: None,
+        sampling: Sampling | None = None,
     ) -> Answer:
-        """Generate the answer to ``prompt``; ``write`` gets its text piece by piece, ``token`` is
-        called for each token.
+        """Generate the answer to ``prompt``, a text or its tokens; ``write`` gets its text piece by
+        piece, ``token`` is called for each token. Either may raise Stopped.
 
         UsageError if the prompt is empty or longer than the model's context.
         """
-        ids = self._codec.encode(prompt, self._raw)
-        context = int(self._model.config.max_position_embeddings)
-        if not ids:
-            raise UsageError("the prompt is empty: give at least one token")
-        if len(ids) >= context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the model's context {context}: shorten it"
-            )
-        config = self._config
-        if len(ids) + config.max_new_tokens > context:
-            config = GenerationConfig.from_dict(config.to_dict())
-            config.max_new_tokens = context - len(ids)
-            log.debug("the context of %d leaves room for %d tokens", context, config.max_new_tokens)
-        chunk = self._chunk(len(ids))
-        if chunk is not None:
-            config = GenerationConfig.from_dict(config.to_dict())
-            config.prefill_chunk_size = chunk
-        if self._seed is not None:
-            set_seed(self._seed)
+        ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
+        check_length(len(ids), self.context)
+        sampling = sampling or self._sampling
+        config = self._config(sampling, len(ids))
+        if sampling.seed is not None:
+            set_seed(sampling.seed)
         tokens = torch.tensor([ids], device=self._model.device)
         answer = Answer()
-        stream = _Stream(self._codec.tokenizer, answer, write, token)
-        self._model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            generation_config=config,
-            custom_generate=partial(self._loop, put=stream.put),
-        )
-        stream.end()
+        stream = _Stream(Pieces(self._codec.decode), answer, write, token)
+        try:
+            self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=config,
+                custom_generate=partial(self._loop, put=stream.put),
+            )
+            stream.end()
+        except Stopped:
+            pass
+        answer.ended = answer.ids[-1:] != [] and answer.ids[-1] in _ends(config)
         answer.text = self._codec.decode(answer.ids)
         return answer
+
+    def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
+        config = sampling.apply(GenerationConfig.from_dict(self._original))
+        # ``generate`` fills what is None in its config from the model's: that is to be the same.
+        self._model.generation_config = GenerationConfig.from_dict(config.to_dict())
+        room = self.context - prompt_tokens
+        if config.max_new_tokens > room:
+            config.max_new_tokens = room
+            log.debug("the context of %d leaves room for %d tokens", self.context, room)
+        config.prefill_chunk_size = self._chunk(prompt_tokens) or config.prefill_chunk_size
+        return config
+
+
+def check_length(prompt_tokens: int, context: int) -> None:
+    """UsageError for a prompt that cannot be answered."""
+    if not prompt_tokens:
+        raise UsageError("the prompt is empty: give at least one token")
+    if prompt_tokens >= context:
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens, the model's context {context}: shorten it"
+        )
+
+
+def _ends(config: GenerationConfig) -> list[int]:
+    found = config.eos_token_id
+    if found is None:
+        return []
+    return [int(token) for token in found] if isinstance(found, list) else [int(found)]

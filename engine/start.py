@@ -1,4 +1,7 @@
-"""Starts an engine: finds its feeder, builds the model, answers the prompts, returns everything."""
+"""Starts an engine: finds its feeder, builds the model, lets it work, returns everything.
+
+The work is to answer prompts; ``engine/serve`` and ``engine/chat`` bring work of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,7 +22,7 @@ from common.config import Speculate
 from common.entry import at_last
 from common.errors import PeerError, UsageError
 from common.log import log
-from common.memory import memory_for
+from common.memory import Memory, memory_for
 from common.process import (
     ENGINE_LOCK,
     MODEL_LOCK,
@@ -35,15 +39,51 @@ from engine.prompts import Prompt, read_prompts, record
 from engine.traced_client import ROWS, client_for
 
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
+    from transformers import PreTrainedModel
+
     from engine.generate import Generator, Sampling
     from engine.report import Report
     from engine.speculation import Speculation
     from engine.step import Step
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A model that can answer, and what belongs to it. To be used by the main thread."""
+
+    generator: Generator
+    client: WeightClient
+    memory: Memory
+    store: Store
+    model: PreTrainedModel
+    tracer: Tracer | None
+    speculation: Speculation | None
+
+
 def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Answer what the flags ask. Raises WeightFeederError."""
-    prompts, sampling = _prompts(arguments), _sampling(arguments)
+    prompts, sampling = _prompts(arguments), sampling_of(arguments)
+    raise_on_termination()
+    with ExitStack() as files:
+        output = sys.stdout
+        if arguments.output is not None:
+            output = _create("output", arguments.output, files)
+        if arguments.profile is not None:
+            _create("profile", arguments.profile, files).close()
+
+        def work(ready: Ready) -> None:
+            _answer_all(arguments, ready, prompts, output)
+
+        with_model(arguments, leash, sampling, work)
+
+
+def with_model(
+    arguments: argparse.Namespace,
+    leash: Leash,
+    sampling: Sampling,
+    work: Callable[[Ready], None],
+) -> None:
+    """Make the model ready, let it ``work``, and give everything back. Raises WeightFeederError."""
     Speculate.parse(arguments.speculate)
     raise_on_termination()
     if arguments.debugpy is not None:
@@ -54,11 +94,6 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         lock = Lock(directory / ENGINE_LOCK, "engine")
         stack.callback(lock.release)
         lock.acquire()
-        output = sys.stdout
-        if arguments.output is not None:
-            output = _create("output", arguments.output, stack)
-        if arguments.profile is not None:
-            _create("profile", arguments.profile, stack).close()
         tracer = None
         if arguments.trace is not None:
             tracer = Tracer(arguments.trace, "engine", ROWS, place=2)
@@ -68,7 +103,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         try:
-            _generate(arguments, client, model_lock, prompts, sampling, output, tracer)
+            _generate(arguments, client, model_lock, sampling, work, tracer)
         except torch.OutOfMemoryError as error:
             from engine.shortage import shortage
 
@@ -79,20 +114,16 @@ def _generate(
     arguments: argparse.Namespace,
     client: WeightClient,
     model_lock: Lock,
-    prompts: list[Prompt],
     sampling: Sampling,
-    output: TextIO,
+    work: Callable[[Ready], None],
     tracer: Tracer | None,
 ) -> None:
     from engine.generate import Generator
     from engine.loop import Loop
     from engine.model import build_model
-    from engine.profile import profiled
-    from engine.report import Report, print_summary
     from engine.shortage import MemoryKeeper
     from engine.step import Step, supports
     from engine.text import codec_for
-    from engine.traced_report import TracedReport
 
     feeder = client.wait_for_feeder()
     memory = memory_for(feeder.device)
@@ -121,17 +152,32 @@ def _generate(
     def chunk(tokens: int) -> int | None:
         return keeper.chunk(tokens, loop.kept_tokens)
 
-    generator = Generator(model, codec, sampling, arguments.raw, loop, chunk)
+    raw = bool(getattr(arguments, "raw", False))
+    generator = Generator(model, codec, sampling, raw, loop, chunk)
     if arguments.wait_full:
         _wait_full(client)
-    report = Report(client) if tracer is None else TracedReport(tracer, client, model)
     with ExitStack() as stack:
         if memory.device.type == "cuda":  # slots go back only when no kernel reads them
             stack.push(at_last(lambda: torch.cuda.synchronize(memory.device)))
+        work(Ready(generator, client, memory, store, model, tracer, speculation))
+
+
+def _answer_all(
+    arguments: argparse.Namespace, ready: Ready, prompts: list[Prompt], output: TextIO
+) -> None:
+    from engine.profile import profiled
+    from engine.report import Report, print_summary
+    from engine.traced_report import TracedReport
+
+    client, tracer = ready.client, ready.tracer
+    report = Report(client) if tracer is None else TracedReport(tracer, client, ready.model)
+    with ExitStack() as stack:
         stack.enter_context(report)
-        token = stack.enter_context(profiled(arguments.profile, memory.device, report.token))
+        device = ready.memory.device
+        token = stack.enter_context(profiled(arguments.profile, device, report.token))
         for prompt in prompts:
-            _answer(prompt, generator, report, token, output, bool(arguments.prompts))
+            _answer(prompt, ready.generator, report, token, output, bool(arguments.prompts))
+    speculation = ready.speculation
     figures = {"speculate": "off"} if speculation is None else speculation.figures()
     print_summary(report.summary() | figures, arguments.json)
 
@@ -147,7 +193,9 @@ def _speculation(
     from engine.speculation import Speculation
 
     asked = Speculate.parse(arguments.speculate)
-    if asked.mode == "off" or (asked.mode == "auto" and arguments.profile is not None):
+    if asked.mode == "off" or (
+        asked.mode == "auto" and getattr(arguments, "profile", None) is not None
+    ):
         return None
     if asked.mode == "auto" and device.type != "cpu":
         # A pass over several tokens rounds otherwise than passes over one do there, and which tokens
@@ -197,7 +245,8 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return read_prompts(Path(arguments.prompts))
 
 
-def _sampling(arguments: argparse.Namespace) -> Sampling:
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The sampling that the flags ask for. UsageError if it cannot be."""
     from engine.generate import Sampling
 
     names = [field.name for field in dataclasses.fields(Sampling)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from common.errors import StoreError, UsageError
@@ -11,13 +13,18 @@ from common.store import Store
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
+Message = dict[str, str]  # of a conversation: ``role`` and ``content``
+
 
 class Codec(Protocol):
-    """Turns prompts into token ids and ids into text. ``tokenizer``: as transformers knows it."""
-
-    tokenizer: Any
+    """Turns prompts into token ids and ids into text."""
 
     def encode(self, text: str, raw: bool) -> list[int]: ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of a conversation that the model is to continue. UsageError if it has no chat
+        template, or that cannot render these messages."""
+        ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -32,32 +39,36 @@ class Text:
             raise StoreError(
                 f"the tokenizer in {store.path} cannot be loaded: {error}: quantize again"
             ) from error
+        self.tokenizer.model_max_length = (
+            1 << 62
+        )  # it would warn: what counts is the model's context
 
     def encode(self, text: str, raw: bool) -> list[int]:
         if raw or not self.tokenizer.chat_template:
             return list(self.tokenizer(text).input_ids)
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
+        return self.encode_chat([{"role": "user", "content": text}])
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise UsageError("this model has no chat template: give a bare prompt")
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UsageError(
+                f"the model's chat template refuses these messages: {error}"
+            ) from error
         return list(self.tokenizer(rendered, add_special_tokens=False).input_ids)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class _Numbers:
-    """What transformers' streamer needs of a tokenizer, for a store that has none."""
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(f"{int(i)} " for i in ids)
-
-
 class TokenIds:
     """For stores without a tokenizer, such as random ones: a prompt is token ids in decimal."""
 
     def __init__(self, vocabulary: int) -> None:
-        self.tokenizer: Any = _Numbers()
         self._vocabulary = vocabulary
 
     def encode(self, text: str, raw: bool) -> list[int]:
@@ -69,8 +80,11 @@ class TokenIds:
             )
         return [int(word) for word in words]
 
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        raise UsageError("this store has no tokenizer, and so no chat: give prompts of token ids")
+
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+        return "".join(f"{i} " for i in ids)
 
 
 def codec_for(store: Store) -> Codec:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import os
-import pty
 import re
-import select
 import signal
 import socket
-import subprocess
-import sys
-import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests import lives
 from tests.processes import PATIENCE_S, ROOT, Process, Room, lock_holder
+from tests.terminals import Terminal, terminal
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -34,59 +26,6 @@ def line_of(file: str, text: str) -> str:
     lines = (ROOT / file).read_text().splitlines()
     (number,) = [number for number, line in enumerate(lines, 1) if text in line]
     return f"{file}:{number}"
-
-
-class Terminal:
-    """A process with a terminal of its own, as its session's leader."""
-
-    def __init__(self, room: Room, *command: str) -> None:
-        self._ours, theirs = pty.openpty()
-        modes = termios.tcgetattr(theirs)
-        modes[3] &= ~termios.ECHO  # what is typed is not to be taken for what is said
-        termios.tcsetattr(theirs, termios.TCSANOW, modes)
-        self.popen = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=room.environment | {"TERM": "dumb"},
-            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 no threads here
-        )  # fmt: skip
-        os.close(theirs)
-        self._unread = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    def read_until(self, text: str) -> str:
-        """What is said up to and including ``text``."""
-        end = time.monotonic() + PATIENCE_S
-        while text not in self._unread:
-            assert time.monotonic() < end, f"no {text!r} in {self._unread!r}"
-            if select.select([self._ours], [], [], 0.2)[0]:
-                try:
-                    self._unread += os.read(self._ours, 65536).decode(errors="replace")
-                except OSError:  # the other end is closed
-                    raise AssertionError(f"ended before {text!r}: {self._unread!r}") from None
-        before, found, self._unread = self._unread.partition(text)
-        return before + found
-
-    def answer(self, line: str) -> str:
-        """What pdb says to a line, up to its next prompt."""
-        self.type(line + "\n")
-        return self.read_until(PROMPT)
-
-    def end(self) -> None:
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
-        os.close(self._ours)
-
-
-@contextmanager
-def terminal(room: Room, *command: str) -> Iterator[Terminal]:
-    it = Terminal(room, *command)
-    try:
-        yield it
-    finally:
-        it.end()
 
 
 def debug(it: Terminal, room: Room, long_text: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in the engine's process: docs/server.md."""

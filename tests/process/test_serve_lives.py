@@ -1,0 +1,117 @@
+"""A server whose clients leave, whose feeder dies, and which is ended itself."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests import lives, processes
+from tests.processes import Room
+from tests.serving import Serving
+
+#: The generation of lives.engine_flags, as a client asks for it.
+ASKED: Any = {"model": "long", "prompt": "5 17 300 2", "temperature": 1, "seed": 3}
+
+
+def serve(room: Room, *flags: str) -> Serving:
+    flags = ("serve", "--port=0", "--model-name=long", *flags)
+    return Serving.wait(room.start("-m", "engine", *flags))
+
+
+@pytest.fixture(scope="module")
+def serving(long_store: Path) -> Iterator[Serving]:
+    """With room for one request that waits."""
+    with processes.room() as place:
+        place.feeder(*lives.feeder_flags(long_store))
+        yield serve(place, "--queue=1")
+
+
+def begun(serving: Serving, tokens: int) -> Any:
+    """A stream of so many tokens, of which the first is there."""
+    stream = serving.client().completions.create(**ASKED, max_tokens=tokens, stream=True)
+    next(stream)
+    return stream
+
+
+def test_a_seed_is_the_command_lines(serving: Serving, long_text: list[str]) -> None:
+    client = serving.client()
+    asked = ASKED | {"max_tokens": 60}
+    text = client.completions.create(**asked).choices[0].text
+    assert text.split() == long_text[:60]
+    asked.pop("seed")
+    others = {client.completions.create(**asked).choices[0].text for _ in range(2)}
+    assert len(others | {text}) == 3  # each with random numbers of its own
+    tokens = [int(token) for token in ASKED["prompt"].split()]
+    again = client.completions.create(**ASKED | {"max_tokens": 60, "prompt": tokens})
+    assert again.choices[0].text == text
+
+
+def test_what_this_store_cannot_do(serving: Serving) -> None:
+    client = serving.client()
+    messages: Any = [{"role": "user", "content": "1"}]
+    with pytest.raises(openai.BadRequestError, match="no tokenizer, and so no chat"):
+        client.chat.completions.create(model="long", messages=messages)
+    with pytest.raises(openai.BadRequestError, match="expected a prompt of token ids"):
+        client.completions.create(**ASKED | {"prompt": "words"})
+    with pytest.raises(openai.BadRequestError, match="expected token ids below"):
+        client.completions.create(**ASKED | {"prompt": [-1]})
+
+
+def test_a_page_from_elsewhere_is_refused(serving: Serving) -> None:
+    """Without a key, only names that mean this machine are answered."""
+    assert serving.raw("GET", "/v1/models", host="elsewhere.example").status == 403
+    assert serving.raw("GET", "/v1/models", host=f"localhost:{serving.port}").status == 200
+
+
+def test_clients_that_go_away(serving: Serving, long_text: list[str]) -> None:
+    """One in the middle of its answer, one while it waits; a third is refused for want of room."""
+    before, gone = (
+        serving.metric(name) for name in ("generated_tokens_total", "abandoned_requests_total")
+    )
+    client = serving.client()
+    running = begun(serving, 2 * lives.LONGEST - 10)
+    waiting = client.completions.create(**ASKED, stream=True)
+    serving.until_metric("queue_length", 1)
+    with pytest.raises(openai.RateLimitError, match="1 requests wait already"):
+        client.completions.create(**ASKED, max_tokens=1)
+    waiting.close()
+    serving.until_metric("queue_length", 0)
+    assert serving.metric("running_requests") == 1
+    running.close()
+    serving.until_metric("running_requests", 0)
+    assert serving.metric("abandoned_requests_total") == gone + 1  # the other was never begun
+    assert serving.metric("generated_tokens_total") < before + 2 * lives.LONGEST - 10
+    text = client.completions.create(**ASKED, max_tokens=20).choices[0].text
+    assert text.split() == long_text[:20]
+
+
+def test_a_feeder_killed_amid_an_answer(room: Room, long_store: Path, long_text: list[str]) -> None:
+    feeder = room.feeder(*lives.feeder_flags(long_store))
+    serving = serve(room)
+    stream = begun(serving, 200)
+    feeder.signal(signal.SIGKILL)
+    feeder.popen.wait()
+    serving.until_metric("feeder_up", 0)  # answered although the model waits
+    assert serving.raw("GET", "/health").status == 503
+    successor = room.feeder(*lives.feeder_flags(long_store, 2, "resident"))
+    rest = "".join(chunk.choices[0].text for chunk in stream)
+    assert rest.split() == long_text[1:200]
+    assert f"feeder {successor.pid} takes over" in serving.process.err
+
+
+def test_ended_amid_an_answer(room: Room, long_store: Path) -> None:
+    launcher = room.launch(
+        "serve", "--port=0", "--model-name=long", f"--model={long_store}", "--cache=3"
+    )
+    serving = Serving.wait(launcher)
+    stream = begun(serving, lives.LONGEST)
+    launcher.signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server has ended"):
+        list(stream)
+    ended = launcher.wait()
+    assert ended.code == 143 and "Traceback" not in ended.err, ended.err
