@@ -82,6 +82,7 @@ def test_the_demo(room: Room, tmp_path: Path) -> None:
     source, output = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
     source.write_text(json.dumps(prompts))
     flags = ["--cache=800KiB", "--strategy=ring", "--wait-full", "--json", f"--prompts={source}"]
+    flags.append("--speculate=off")  # a pass for each token
     ended = room.launch(*flags, f"--output={output}").wait()
     assert ended.code == 0, ended.err
     assert not quantized(ended)
@@ -138,7 +139,8 @@ def test_names_and_seeds(room: Room, small_store: Path, tmp_path: Path) -> None:
         outputs.append([record["output"] for record in records_of(ended.out)])
     assert outputs[0] == outputs[2] != outputs[1]
     assert outputs[0][0] == outputs[0][1]  # the seed counts from each prompt on
-    assert all(len(text.split()) == 20 for texts in outputs for text in texts)
+    lengths = [len(text.split()) for texts in outputs for text in texts]
+    assert min(lengths) > 0 and max(lengths) == 20
 
 
 def test_one_name_is_for_one_feeder(room: Room, small_store: Path) -> None:

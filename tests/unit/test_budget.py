@@ -185,9 +185,9 @@ class Chooses(Strategy):
 
 @pytest.fixture(scope="module")
 def packable_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Two layers; all weights but down_proj, which has 200 columns, can be multiplied with packed."""
+    """Two layers; all weights but down_proj, which has 208 columns, can be multiplied with packed."""
     path = tmp_path_factory.mktemp("packable")
-    checkpoint = make_checkpoint(path / "model", hidden=64, intermediate=200)
+    checkpoint = make_checkpoint(path / "model", hidden=64, intermediate=208)
     quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
     return Store.open(path / "store")
 
