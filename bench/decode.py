@@ -89,10 +89,11 @@ class Decoder:
         return checksum(ids.contiguous())
 
     def _fill(self, context: int) -> None:
+        from engine.cache import head_dim
+
         config = self._model.config
         heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (1, heads, context, size)
+        shape = (1, heads, context, head_dim(config))
         for layer in range(config.num_hidden_layers):
             keys, values = (
                 torch.randn(shape, dtype=self._model.dtype, device=self._device) for _ in range(2)

@@ -97,6 +97,12 @@ def past(cache: DynamicCache) -> list[PastLayer]:
     return [layer for layer in cache.layers if isinstance(layer, PastLayer)]
 
 
+def head_dim(config: Any) -> int:
+    """Elements of a head's keys and values, by a transformers config."""
+    dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dim
+
+
 def rounded(tokens: int) -> int:
     """A capacity for so many tokens."""
     return -(-tokens // STEP_TOKENS) * STEP_TOKENS

@@ -138,7 +138,6 @@ class Loop:
             layer.reset()
             if layer.memory is None or layer.capacity < tokens:
                 layer.memory, layer.capacity = None, rounded(tokens)
-        self._survive(lambda: reserve(cache, tokens), cache)
         return cache
 
     @property
@@ -148,16 +147,22 @@ class Loop:
         return layers[0].capacity if layers and layers[0].memory is not None else 0
 
     def _choose(self, state: _State, logits: torch.Tensor, cache: DynamicCache) -> _Unread:
-        def attempt() -> _Unread:
+        unread: _Unread = self._restfully(lambda: state.choose(logits), cache)
+        return unread
+
+    def _restfully(self, call: Callable[[], Any], cache: DynamicCache) -> Any:
+        """Make the call, again if memory ran out in it and could be had. The slots that the step holds
+        are what can be given up, so it lets go of them first."""
+
+        def attempt() -> Any:
             try:
-                return state.choose(logits)
+                return call()
             except torch.OutOfMemoryError:
                 if self._step is not None:
                     self._step.rest()
                 raise
 
-        unread: _Unread = self._survive(attempt, cache)
-        return unread
+        return self._survive(attempt, cache)
 
     def _prefill(
         self, model: Any, ids: torch.Tensor, cache: DynamicCache, chunk: int | None
@@ -174,15 +179,11 @@ class Loop:
             return output.logits[:, -1]
         step, length = self._step, cache.get_seq_length()
 
-        def attempt() -> torch.Tensor:
-            try:
-                reserve(cache, length + 1)
-                return step(token, cache)
-            except torch.OutOfMemoryError:
-                step.rest()  # the slots that it holds are what can be given up
-                raise
+        def take() -> torch.Tensor:
+            reserve(cache, length + 1)
+            return step(token, cache)
 
-        logits: torch.Tensor = self._survive(attempt, cache)
+        logits: torch.Tensor = self._restfully(take, cache)
         return logits
 
 

@@ -69,32 +69,24 @@ def _planes(planes, run, stride, RUN: tl.constexpr, EVEN: tl.constexpr):  # type
     """x of some runs, [1, runs, words] of each plane; 0 beyond the row, where there may be none if EVEN."""
     WORDS: tl.constexpr = RUN // 8
     column = run[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    at = planes + column
-    if EVEN:
-        x0 = tl.load(at)
-        x1 = tl.load(at + stride)
-        x2 = tl.load(at + 2 * stride)
-        x3 = tl.load(at + 3 * stride)
-        x4 = tl.load(at + 4 * stride)
-        x5 = tl.load(at + 5 * stride)
-        x6 = tl.load(at + 6 * stride)
-        x7 = tl.load(at + 7 * stride)
-        x8 = tl.load(at + 8 * stride)
-    else:
-        mask = column < stride
-        x0 = tl.load(at, mask=mask, other=0.0)
-        x1 = tl.load(at + stride, mask=mask, other=0.0)
-        x2 = tl.load(at + 2 * stride, mask=mask, other=0.0)
-        x3 = tl.load(at + 3 * stride, mask=mask, other=0.0)
-        x4 = tl.load(at + 4 * stride, mask=mask, other=0.0)
-        x5 = tl.load(at + 5 * stride, mask=mask, other=0.0)
-        x6 = tl.load(at + 6 * stride, mask=mask, other=0.0)
-        x7 = tl.load(at + 7 * stride, mask=mask, other=0.0)
-        x8 = tl.load(at + 8 * stride, mask=mask, other=0.0)
+    at, mask = planes + column, column < stride
     return (
-        x0[None, :, :], x1[None, :, :], x2[None, :, :], x3[None, :, :], x4[None, :, :],
-        x5[None, :, :], x6[None, :, :], x7[None, :, :], x8[None, :, :],
-    )  # fmt: skip
+        _plane(at, mask, EVEN),
+        _plane(at + stride, mask, EVEN),
+        _plane(at + 2 * stride, mask, EVEN),
+        _plane(at + 3 * stride, mask, EVEN),
+        _plane(at + 4 * stride, mask, EVEN),
+        _plane(at + 5 * stride, mask, EVEN),
+        _plane(at + 6 * stride, mask, EVEN),
+        _plane(at + 7 * stride, mask, EVEN),
+        _plane(at + 8 * stride, mask, EVEN),
+    )
+
+
+@triton.jit
+def _plane(at, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
+    return x[None, :, :]
 
 
 @triton.jit
@@ -118,6 +110,20 @@ def _spread(value, first, planes, words, ROWS: tl.constexpr):  # type: ignore[no
 def _offset(low, high):  # type: ignore[no-untyped-def]
     """What the codes of a word are too large by, all together; low and high [words, 4]."""
     return tl.sum((low + high) * 136.0 + high * OFFSET, 1)
+
+
+@triton.jit
+def place(  # type: ignore[no-untyped-def]
+    pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS: tl.constexpr
+):
+    """Which weight a program works on: where its codes and scales are, and its first row there."""
+    row = pid * ROWS
+    second = row >= rows0
+    third = row >= rows0 + rows1
+    code = tl.where(third, code2, tl.where(second, code1, code0))
+    scale = tl.where(third, scale2, tl.where(second, scale1, scale0))
+    local = row - tl.where(third, rows0 + rows1, tl.where(second, rows0, 0))
+    return row, local.to(tl.int64), code, scale
 
 
 @triton.jit
@@ -189,11 +195,9 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         slot_b = total + row
         slots = 2 * total
     else:
-        row = pid * 2 * TILE
-        second, third = row >= rows0, row >= rows0 + rows1
-        code_a = tl.where(third, code2, tl.where(second, code1, code0))
-        scale_a = tl.where(third, scale2, tl.where(second, scale1, scale0))
-        local = (row - tl.where(third, rows0 + rows1, tl.where(second, rows0, 0))).to(tl.int64)
+        row, local, code_a, scale_a = place(
+            pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, 2 * TILE
+        )
         code_b, scale_b = code_a, scale_a
         local_b = local + TILE
         slot_b = row + TILE

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from common.formats import PACKED
-from engine.cache import PastLayer, past
+from engine.cache import PastLayer, head_dim, past
 from engine.client import WeightClient
 from engine.cuts import one_token_cut
 from engine.ledger import Lease
@@ -57,7 +57,7 @@ def supports(model: Any) -> str:
     """ "" if the model can be stepped through, else the reason why not."""
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = head_dim(config)
     checks = [
         (model.device.type == "cuda", "it is not on a GPU"),
         (model.dtype in (torch.bfloat16, torch.float16), f"its dtype is {model.dtype}"),
@@ -78,9 +78,7 @@ class Step:
         self._model, self._client = model, client
         config, device = model.config, model.device
         self._config, self._device, self._dtype = config, device, model.dtype
-        self._dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        self._dim = head_dim(config)
         self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
         self._layers = [_layer(layer) for layer in model.model.layers]
         self._linears = [
@@ -162,7 +160,9 @@ class Step:
 
     def rest(self) -> None:
         """No token is wanted for a while: give back what the graph holds."""
-        self._drop()
+        held, self._held = list(self._held.values()), {}
+        for lease in held:  # their last reader is queued: they go back when it is complete
+            self._client.release(lease)
 
     # The graph ---------------------------------------------------------------------------------
 
@@ -171,12 +171,12 @@ class Step:
         if self._held:
             if not self._client.recalled(self._held.values()):
                 return True
-            self._drop()
+            self.rest()
             return False
         leases = self._client.try_hold([linear.weight_index for linear in self._linears])
         if leases is None:
             return False
-        if any(lease.grant.format != PACKED for lease in leases):
+        if not _all_packed(leases):
             for lease in leases:
                 self._client.release(lease)
             return False
@@ -186,11 +186,6 @@ class Step:
             # Distances between weights are arguments, and large ones take another variant of a kernel.
             self._graph, self._loaded, self._graph_grants = None, False, grants
         return True
-
-    def _drop(self) -> None:
-        held, self._held = list(self._held.values()), {}
-        for lease in held:  # their last reader is queued: they go back when it is complete
-            self._client.release(lease)
 
     def _replay(self, layers: Sequence[PastLayer]) -> None:
         memory = layers[0].memory  # all layers get theirs together

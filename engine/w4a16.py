@@ -48,22 +48,8 @@ class TokensCut:
 
 
 @triton.jit
-def _place(  # type: ignore[no-untyped-def]
-    pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS: tl.constexpr
-):
-    """Which weight a program works on: where its codes and scales are, and its first row there."""
-    row = pid * ROWS
-    second = row >= rows0
-    third = row >= rows0 + rows1
-    code = tl.where(third, code2, tl.where(second, code1, code0))
-    scale = tl.where(third, scale2, tl.where(second, scale1, scale0))
-    local = row - tl.where(third, rows0 + rows1, tl.where(second, rows0, 0))
-    return row, local.to(tl.int64), code, scale
-
-
-@triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    acc, columns, rows, mask, bias, y, parts, counters, pid, part, total, stride,
+    acc, columns, rows, mask, bias, y, parts, counters, pid, part, total,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Writes acc [rows, columns] (or, split, adds up the parts when the last has come)."""
@@ -80,15 +66,16 @@ def _finish(  # type: ignore[no-untyped-def]
                     parts + other * size + at, mask=mask, other=0.0, cache_modifier=".cg"
                 )
             tl.store(counters + pid, 0)
-            if BIAS:
-                acc += tl.load(bias + rows).to(tl.float32)[:, None]
-            to = columns[None, :] * stride + rows[:, None]
-            tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
+            _write(acc, rows, at, mask, bias, y, BIAS)
     else:
-        if BIAS:
-            acc += tl.load(bias + rows).to(tl.float32)[:, None]
-        to = columns[None, :] * stride + rows[:, None]
-        tl.store(y + to, acc.to(y.dtype.element_ty), mask=mask)
+        _write(acc, rows, at, mask, bias, y, BIAS)
+
+
+@triton.jit
+def _write(acc, rows, at, mask, bias, y, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if BIAS:
+        acc += tl.load(bias + rows).to(tl.float32)[:, None]
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -158,7 +145,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     """
     HALF: tl.constexpr = RUN // 2
     pid, part = tl.program_id(0), tl.program_id(1)
-    row, local, code, scale = _place(
+    row, local, code, scale = one_token.place(
         pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, ROWS
     )
     runs = K // RUN
@@ -197,7 +184,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     acc += total_acc
     mask = (rows >= 0)[:, None] & (token < tokens)[None, :]
     _finish(
-        acc, token, row + rows, mask, bias, y, parts, counters, pid, part, total, total,
+        acc, token, row + rows, mask, bias, y, parts, counters, pid, part, total,
         SPLIT, BIAS, TOKENS,
     )  # fmt: skip
 

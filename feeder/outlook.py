@@ -13,6 +13,7 @@ from common.log import log
 from common.memory import CudaMemory, Memory
 from feeder import forecast as f
 from feeder import plan_text, topology
+from feeder.budget import slot_formats
 from feeder.host import HostStore
 from feeder.measure import measure
 from feeder.mps import mps_running
@@ -70,7 +71,9 @@ def subject_of(slots: SlotMemory) -> f.Subject:
     """What these slots are to serve."""
     store = slots.store
     packed = [weight for weight, kind in enumerate(slots.formats) if kind == PACKED]
-    everything = slots.fitting(make_strategy("resident"), Cache(), slots.slots, instead=True)
+    resident = make_strategy("resident")
+    formats = slot_formats(store, slots.slots, resident)
+    everything = slots.fitting(resident, Cache(), formats, instead=True)
     return f.Subject(
         store=store.path.name,
         plan=slots.plan,

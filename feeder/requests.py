@@ -108,8 +108,8 @@ class SwapRequests:
             if swap.slots not in ("", *SLOTS):
                 raise UsageError(f"slots {swap.slots!r} found: expected {', '.join(SLOTS)}")
             kind = swap.slots or slots.slots
-            capacity = slots.fitting(strategy, cache, kind, instead=True)
             formats = slot_formats(slots.store, kind, strategy)
+            capacity = slots.fitting(strategy, cache, formats, instead=True)
         except WeightFeederError as error:
             self._reply(peer, p.Failure("swap", str(error)))
             return
@@ -121,7 +121,7 @@ class SwapRequests:
             scheduler.set_strategy(strategy)
             self._done(peer, strategy)
             return
-        self._resize = _Resize(lambda: self._swap(peer, strategy, cache, kind))
+        self._resize = _Resize(lambda: self._swap(peer, strategy, cache, kind, formats))
         scheduler.drain()
 
     def shrink(self, size_bytes: int, answer: Callable[[int], object]) -> None:
@@ -169,8 +169,10 @@ class SwapRequests:
         self._begin_shrink()
         return True
 
-    def _swap(self, peer: bytes, strategy: Strategy, cache: Cache, kind: str) -> Strategy:
-        refused = self._slots.replace(strategy, cache, kind)
+    def _swap(
+        self, peer: bytes, strategy: Strategy, cache: Cache, kind: str, formats: list[str]
+    ) -> Strategy:
+        refused = self._slots.replace(strategy, cache, kind, formats)
         if refused:
             self._reply(peer, p.Failure("memory", refused))
             return self._scheduler.strategy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,21 +53,21 @@ class SlotMemory:
         self.plan = Plan(tuple(range(len(store.weights))))
         self._stage(self.formats)
         self.footprint = self._choose_footprint()
-        self.capacity = self.fitting(strategy, cache, slots)
+        self.capacity = self.fitting(strategy, cache, self.formats)
         self.segment_id = 0
         self._segment: Segment = memory.allocate(self.capacity.size_bytes)
 
     def fitting(
-        self, strategy: Strategy, cache: Cache, slots: str, instead: bool = False
+        self, strategy: Strategy, cache: Cache, formats: Sequence[str], instead: bool = False
     ) -> Capacity:
         """What ``cache`` comes to on this device now. MemoryShortageError if that is not one weight.
 
-        ``instead``: as if the present segment were given up for it.
+        ``formats``: of the slots, by weight; ``instead``: as if the present segment were given up for it.
         """
         free = self.memory.free_bytes() + (self._segment.size_bytes if instead else 0)
         room = self._room(replace(self.footprint, staging=self._staging_bytes), free)
         names = [weight.name for weight in self.store.weights]
-        sizes = slot_sizes(self.store, self.dtype, slot_formats(self.store, slots, strategy))
+        sizes = slot_sizes(self.store, self.dtype, formats)
         largest = max(range(len(names)), key=lambda weight: sizes[weight])
         short = room.shortage(sizes[largest], names[largest])
         request = Request(self.plan, sizes, names, cache)
@@ -125,17 +125,18 @@ class SlotMemory:
         packed = PACKED in self.formats
         return p.Export(self.segment_id, segment.kind, segment.size_bytes, segment.handle, packed)
 
-    def replace(self, strategy: Strategy, cache: Cache, slots: str) -> str:
-        """A segment for another cache; no slot may be in use. "" or why it stayed as it was."""
+    def replace(self, strategy: Strategy, cache: Cache, slots: str, formats: list[str]) -> str:
+        """A segment for another cache, or other ``formats``; no slot may be in use. "" or why it stayed
+        as it was."""
         self._segment.close()
         self.segment_id += 1
         former = self.formats, self.sizes, self.footprint
         try:
-            self.formats = slot_formats(self.store, slots, strategy)
+            self.formats = formats
             self.sizes = slot_sizes(self.store, self.dtype, self.formats)
             self._stage(self.formats)
             self.footprint = self._choose_footprint()
-            capacity = self.fitting(strategy, cache, slots)
+            capacity = self.fitting(strategy, cache, formats)
             self._segment = self.memory.allocate(capacity.size_bytes)
         except WeightFeederError as error:  # also of a strategy that answers otherwise now
             self.formats, self.sizes, self.footprint = former
