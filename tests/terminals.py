@@ -37,20 +37,33 @@ class Terminal:
 
     def read_until(self, text: str) -> str:
         """What is said up to and including ``text``."""
-        end = time.monotonic() + PATIENCE_S
-        while text not in self._unread:
-            assert time.monotonic() < end, f"no {text!r} in {self._unread!r}"
+        assert self._read_within(text, PATIENCE_S), f"no {text!r} in {self._unread!r}"
+        before, found, self._unread = self._unread.partition(text)
+        return before + found
+
+    def _read_within(self, text: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while text not in self._unread and time.monotonic() < end:
             if select.select([self._ours], [], [], 0.2)[0]:
                 try:
                     self._unread += os.read(self._ours, 65536).decode(errors="replace")
                 except OSError:  # the other end is closed
                     raise AssertionError(f"ended before {text!r}: {self._unread!r}") from None
-        before, found, self._unread = self._unread.partition(text)
-        return before + found
+        return text in self._unread
 
     def answer(self, line: str, prompt: str = "(Pdb) ") -> str:
         """What is said to a line, up to the next prompt."""
         self.type(line + "\n")
+        return self.read_until(prompt)
+
+    def interrupt(self, prompt: str) -> str:
+        """What is said to Ctrl-C at a prompt, up to the next one. A signal that comes after readline has
+        written its prompt and before it sleeps is noticed at the next one only, so that it is repeated."""
+        for _ in range(int(PATIENCE_S / 5)):
+            time.sleep(0.2)
+            self.type("\x03")
+            if self._read_within(prompt, 5.0):
+                break
         return self.read_until(prompt)
 
     def end(self) -> None:

@@ -38,8 +38,7 @@ def debug(it: Terminal, room: Room, long_text: list[str]) -> None:
     feeder = lock_holder(room, "feeder")
     assert feeder is not None
     for _ in range(3):
-        it.type("\x03")
-        it.read_until(PROMPT)
+        it.interrupt(PROMPT)
     assert "torch.Size([1, 4, 128])" in it.answer("p x.shape")  # it stands where it stood
     assert lock_holder(room, "feeder") == feeder == lives.status(room)["pid"]
     it.answer("clear 1")

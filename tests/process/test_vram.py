@@ -9,7 +9,7 @@ from common.store import Store
 from tests import lives
 from tests.processes import Room, assert_refused
 
-CPU = ("--device=cpu", "--dtype=float32")
+CPU = ("--device=cpu", "--dtype=float32", "--slots=dequantized")
 LITTLE = ("--vram=70MB", "--context=900")
 
 
