@@ -37,7 +37,7 @@ class FedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.weight_index = weight
         self._client, self._shape, self._dtype = client, shape, dtype
-        self._products = products
+        self.products = products
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.group is not None and (ready := self.group.result(self, x)) is not None:
@@ -51,8 +51,8 @@ class FedLinear(nn.Module):
     def multiply(self, x: torch.Tensor, lease: Lease) -> torch.Tensor:
         """The product with what ``lease`` holds."""
         if lease.grant.format == PACKED:
-            return self._products.linear(x, lease.packed(self._shape), self.bias)
-        return nn.functional.linear(x, lease.weight(self._dtype, self._shape), self.bias)
+            return self.products.linear(x, lease.packed(self._shape), self.bias)
+        return self.products.dense(x, lease.weight(self._dtype, self._shape), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.weight_index}"

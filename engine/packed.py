@@ -14,6 +14,7 @@ from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import dequantize_into
 from common.footprint import SCRATCH_ELEMENTS
 from engine.packed_weight import Packed
+from engine.rows import Rows
 
 MAX_FUSED_TOKENS = 16
 
@@ -23,6 +24,7 @@ class Products:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        self.rows = Rows()  # of a pass over several sequences
         self._dense = torch.empty(0, dtype=dtype, device=device)
         self.fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         if self.fused:
@@ -52,8 +54,16 @@ class Products:
             scales = weight.scales[first * columns // BLOCK :][: scale_count(dense.numel())]
             dequantize_into(codes, scales, dense)
             part_bias = None if bias is None else bias[first : first + count]
-            parts.append(nn.functional.linear(x, dense.view(count, columns), part_bias))
+            parts.append(self.dense(x, dense.view(count, columns), part_bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def dense(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [..., K] times a dequantized weight [N, K], by the very call of nn.Linear."""
+        pieces = self.rows.split(x)
+        found = [nn.functional.linear(piece, weight, bias) for piece in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def side_by_side(
         self, x: torch.Tensor, weights: list[Packed], bias: torch.Tensor | None

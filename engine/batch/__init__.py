@@ -1,0 +1,1 @@
+"""Several sequences in one pass over the weights, joining and leaving between tokens."""
