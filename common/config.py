@@ -12,6 +12,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = ("auto", "packed", "dequantized")
 #: With the token that is known, 16 a pass: the kernels cost as much for these as for one.
 MOST_CANDIDATES = 15
+#: Requests that are answered together, where nobody says how many: more would take other kernels.
+DEFAULT_BATCH = 16
+MOST_BATCH = 256
 
 _UNITS = {
     "B": 1,
@@ -32,6 +35,13 @@ def parse_size(text: str) -> int:
     if size_bytes >= 1 << 63:
         raise UsageError(f"size {text!r} is beyond 64 bits: give at most 8388607TiB")
     return size_bytes
+
+
+def batch_of(asked: int | None, default: int) -> int:
+    """``--batch``: how many sequences at once. UsageError for what cannot be."""
+    if asked is not None and not 1 <= asked <= MOST_BATCH:
+        raise UsageError(f"--batch {asked}: expected from 1 to {MOST_BATCH}")
+    return default if asked is None else asked
 
 
 def format_bytes(size_bytes: float) -> str:

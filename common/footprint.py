@@ -1,7 +1,7 @@
 """What a model takes in device memory beside its weights: KV cache and activations, from its config.
 
 Arithmetic on a parsed config, shared by the feeder, which plans with it, and the engine, which splits
-a long prompt by it. Knows no torch and no device. Sizes are of one sequence.
+a long prompt by it. Knows no torch and no device. Sizes are of one sequence where nothing else is said.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ SCRATCH_ELEMENTS = 27648 * 5120
 #: A prompt is split into passes of whole multiples of this; shorter ones would not use the device.
 PASS_STEP = 256
 DEFAULT_CONTEXT = 32768  # transformers' own for a config that names none
+PLANNED_CONTEXT = 4096  # tokens that memory is kept for, if the model takes so many
+PLANNED_SHARE = 1024  # of each sequence, where there are many
 
 
 def model_context(config: dict[str, Any]) -> int:
@@ -31,7 +33,9 @@ def kv_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     return 2 * int(config["num_hidden_layers"]) * key_value * tokens * itemsize
 
 
-def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
+def activation_bytes(
+    config: dict[str, Any], tokens: int, itemsize: int, sequences: int = 1
+) -> int:
     """The most that a pass of ``tokens`` tokens has allocated at once, KV cache left out.
 
     Counts the tensors that live together in transformers' Qwen2 with an attention that makes no
@@ -44,8 +48,20 @@ def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     attention = (6 * query + 8 * key_value) * itemsize
     norm = 3 * hidden * 4  # computed in float32
     stream = 2 * hidden * itemsize  # the residual and what the block was given
-    logits = 8 * int(config["vocab_size"]) * 4  # in float32, sorted and summed up by the sampling
+    # In float32, sorted and summed up by the sampling, of one sequence after the other.
+    logits = (7 + sequences) * int(config["vocab_size"]) * 4
     return tokens * (max(mlp, attention, norm) + stream) + logits
+
+
+def kept_tokens(config: dict[str, Any], context: int | None, sequences: int) -> int:
+    """For how many tokens of all sequences together a KV cache is planned.
+
+    ``context``: of each, if it was asked for. If not, more sequences are taken to be shorter ones.
+    """
+    most = model_context(config)
+    if context is not None:
+        return sequences * min(context, most)
+    return max(min(PLANNED_CONTEXT, most), sequences * min(PLANNED_SHARE, most))
 
 
 def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: int) -> int:

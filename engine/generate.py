@@ -100,6 +100,10 @@ class _Stream:
         token: Callable[[], None],
     ) -> None:
         self._pieces, self._answer, self._write, self._token = pieces, answer, write, token
+        self.begin()
+
+    def begin(self) -> None:
+        """Times count from now on."""
         self._start = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
@@ -115,6 +119,38 @@ class _Stream:
     def _tell(self, text: str) -> None:
         if text:
             self._write(text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """An answer that is to be generated: how its tokens are chosen, and where they go."""
+
+    ids: list[int]
+    config: GenerationConfig
+    processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    criteria: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    seed: int | None
+    answer: Answer
+    _stream: _Stream
+    _codec: Codec
+
+    def begin(self) -> None:
+        """The pass over the prompt begins."""
+        self._stream.begin()
+
+    def put(self, token: int) -> None:
+        """The next token. Raises Stopped if no more are wanted."""
+        self._stream.put(torch.tensor([token]))
+
+    def conclude(self, whole: bool) -> Answer:
+        """There are no more tokens. ``whole``: not since somebody wanted none."""
+        try:
+            if whole:
+                self._stream.end()
+        except Stopped:
+            pass
+        _conclude(self.answer, self.config, self._codec)
+        return self.answer
 
 
 class Generator:
@@ -148,6 +184,38 @@ class Generator:
         original = GenerationConfig.from_dict(self._original)
         return int(self._sampling.apply(original).max_new_tokens)
 
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        write: Callable[[str], None],
+        token: Callable[[], None] = lambda: None,
+        sampling: Sampling | None = None,
+    ) -> Request:
+        """As `answer`, for somebody else to generate it: what that takes. Splits no prompt."""
+        ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
+        check_length(len(ids), self.context)
+        sampling = sampling or self._sampling
+        config = self._config(sampling, len(ids), None)
+        found: dict[str, Any] = {}
+
+        def only_prepare(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+            found.update(prepared)
+            return input_ids
+
+        tokens = torch.tensor([ids], device=self._model.device)
+        self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=config,
+            custom_generate=only_prepare,
+        )
+        answer = Answer()
+        stream = _Stream(Pieces(self._codec.decode), answer, write, token)
+        return Request(
+            ids, config, found["logits_processor"], found["stopping_criteria"], sampling.seed,
+            answer, stream, self._codec,
+        )  # fmt: skip
+
     def answer(
         self,
         prompt: str | Sequence[int],
@@ -163,7 +231,7 @@ class Generator:
         ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
         check_length(len(ids), self.context)
         sampling = sampling or self._sampling
-        config = self._config(sampling, len(ids))
+        config = self._config(sampling, len(ids), self._chunk(len(ids)))
         if sampling.seed is not None:
             set_seed(sampling.seed)
         tokens = torch.tensor([ids], device=self._model.device)
@@ -179,11 +247,12 @@ class Generator:
             stream.end()
         except Stopped:
             pass
-        answer.ended = answer.ids[-1:] != [] and answer.ids[-1] in _ends(config)
-        answer.text = self._codec.decode(answer.ids)
+        _conclude(answer, config, self._codec)
         return answer
 
-    def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
+    def _config(
+        self, sampling: Sampling, prompt_tokens: int, chunk: int | None
+    ) -> GenerationConfig:
         config = sampling.apply(GenerationConfig.from_dict(self._original))
         # ``generate`` fills what is None in its config from the model's: that is to be the same.
         self._model.generation_config = GenerationConfig.from_dict(config.to_dict())
@@ -191,8 +260,13 @@ class Generator:
         if config.max_new_tokens > room:
             config.max_new_tokens = room
             log.debug("the context of %d leaves room for %d tokens", self.context, room)
-        config.prefill_chunk_size = self._chunk(prompt_tokens) or config.prefill_chunk_size
+        config.prefill_chunk_size = chunk or config.prefill_chunk_size
         return config
+
+
+def _conclude(answer: Answer, config: GenerationConfig, codec: Codec) -> None:
+    answer.ended = answer.ids[-1:] != [] and answer.ids[-1] in _ends(config)
+    answer.text = codec.decode(answer.ids)
 
 
 def check_length(prompt_tokens: int, context: int) -> None:

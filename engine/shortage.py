@@ -61,6 +61,13 @@ class MemoryKeeper:
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
         return found
 
+    def fits(self, tokens: int, rows: int, sequences: int) -> bool:
+        """Whether a KV cache of ``tokens`` more and a pass of so many rows, of so many sequences, find
+        room beside the slots as they are."""
+        need = kv_bytes(self._config, tokens, self._itemsize)
+        need += activation_bytes(self._config, rows, self._itemsize, sequences)
+        return need <= self._memory.room_bytes()
+
     def _forward_pass(self, *arguments: Any, **named: Any) -> Any:
         cache = named.get("past_key_values")
         return self.survive(lambda: self._forward(*arguments, **named), cache)

@@ -18,7 +18,9 @@ from common.footprint import (
     PASS_STEP,
     SCRATCH_ELEMENTS,
     WORKSPACE_BYTES,
+    PLANNED_CONTEXT,
     activation_bytes,
+    kept_tokens,
     kv_bytes,
     model_context,
 )
@@ -28,7 +30,6 @@ from common.store import Store
 CONTEXT_BYTES = 512 << 20
 #: What is left free of a device that others may use too.
 MARGIN_BYTES = 256 << 20
-DEFAULT_CONTEXT = 4096  # tokens that memory is kept for, if the model takes so many
 LONGEST_PASS = 4096  # tokens of one pass that memory is kept for; longer prompts are split
 #: Of what grows and shrinks in torch's allocator an eighth may lie in pieces that are too small.
 SLACK_SHARE = 8
@@ -36,10 +37,12 @@ SLACK_SHARE = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user bounds beside ``--cache``: ``--vram`` (None: what is free) and ``--context``."""
+    """What the user bounds beside ``--cache``: ``--vram`` (None: what is free), ``--context`` and
+    ``--batch``."""
 
     vram_bytes: int | None = None
     context: int | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ def footprints(
     ``packed``: whether any slot holds a packed weight.
     """
     largest = max((entry.elements for entry in store.weights), default=0)
-    most = model_context(store.config)
-    tokens = min(limits.context or DEFAULT_CONTEXT, most)
+    tokens = kept_tokens(store.config, limits.context, limits.batch)
     kv_cache = kv_bytes(store.config, tokens, dtype.itemsize)
-    longest = min(tokens, LONGEST_PASS)
+    longest = min(limits.context or PLANNED_CONTEXT, model_context(store.config), LONGEST_PASS)
     while True:
-        activations = activation_bytes(store.config, longest, dtype.itemsize) + WORKSPACE_BYTES
+        activations = WORKSPACE_BYTES
+        activations += activation_bytes(store.config, longest, dtype.itemsize, limits.batch)
         yield Footprint(
             contexts=0 if device.type == "cpu" else 2 * CONTEXT_BYTES,
             staging=staging_bytes,

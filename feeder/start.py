@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.config import Cache, format_bytes, parse_size
+from common.config import Cache, batch_of, format_bytes, parse_size
 from common.errors import StoreError, UsageError
 from common.formats import PACKED
 from common.log import log
@@ -108,7 +108,7 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     if arguments.context is not None and arguments.context < 1:
         raise UsageError(f"--context {arguments.context}: expected a number of tokens, at least 1")
     vram = None if arguments.vram is None else parse_size(arguments.vram)
-    return Limits(vram, arguments.context)
+    return Limits(vram, arguments.context, batch_of(arguments.batch, default=1))
 
 
 def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:

@@ -1,6 +1,6 @@
 """One pass of the model over parts of several sequences: tokens and caches in, logits out.
 
-Knows what a pass is made of, and nothing of requests: what goes into a pass is decided in engine/batch/batch.py.
+Knows what a pass is made of, and nothing of requests: engine/batch/batch.py says what goes into one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""Who is in the next pass: requests join and leave between tokens, and every pass serves all that are in.
+
+One that joins brings its whole prompt into a pass that gives the others their next token, so nobody waits
+for it longer than that pass takes. First come, first in. Knows no weights and no clients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Several
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from common.errors import MemoryShortageError, UsageError
+from engine.batch.attention import Part
+from engine.batch.passes import Passes
+from engine.batch.sequence import Owner, Sequence
+from engine.cache import make_cache, past, rounded
+from engine.generate import Stopped
+from engine.shortage import shortage
+
+#: Rows of a pass. Longer prompts are split, whoever else is in: who is in would wait for them too long.
+MOST_ROWS = 4096
+
+
+class Room(Protocol):
+    """Who knows what memory there is."""
+
+    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
+        """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it."""
+
+    def fits(self, tokens: int, rows: int, sequences: int) -> bool:
+        """Whether a KV cache of ``tokens`` more and a pass of so many rows and sequences find room."""
+
+
+class Batch:
+    """At most ``most`` sequences at once. One thread, the model's."""
+
+    def __init__(self, model: Any, passes: Passes, room: Room, most: int) -> None:
+        self._config, self._device = model.config, model.device
+        self._passes, self._room, self._most = passes, room, most
+        self._waiting: deque[Owner | Sequence] = deque()  # Sequences have been in before
+        self._running: list[Sequence] = []  # who joined first is first
+        self._spare: DynamicCache | None = None  # the memory of one that has left
+        self.passes = 0
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        return not self._running and not self._waiting
+
+    def add(self, owner: Owner) -> None:
+        """It joins as soon as there is room."""
+        self._waiting.append(owner)
+
+    def rest(self) -> None:
+        """Nothing is to be done for a while."""
+        self._passes.rest()
+
+    def turn(self) -> None:
+        """One pass, from which everybody who is in gets a token, or is nearer to the first one."""
+        self._drop_unwanted()
+        self._admit()
+        if not self._running:
+            return
+        parts, logits = self._pass()
+        chosen = []
+        for sequence, part, row in zip(list(self._running), parts, logits, strict=True):
+            if sequence.passed(part):
+                found = self._choose(sequence, row)
+                if found is not None:
+                    chosen.append((sequence, found))
+        if chosen:
+            for (sequence, _), (token, ended) in zip(
+                chosen, torch.stack([found for _, found in chosen]).tolist(), strict=True
+            ):
+                self._put(sequence, token, bool(ended))
+
+    # Joining and leaving -----------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        joined = False
+        rows = sum(sequence.next_rows for sequence in self._running)
+        while self._waiting and len(self._running) < self._most:
+            sequence = self._next()
+            if sequence is None:
+                continue
+            count = len(sequence.ids)
+            chunk = MOST_ROWS
+            if not self._running:
+                self._passes.rest()  # slots may have to shrink
+                kept = 0 if self._spare is None else past(self._spare)[0].capacity
+                chunk = min(chunk, self._room.chunk(count, kept) or chunk)
+            elif joined and rows + min(count, chunk) > MOST_ROWS:
+                return
+            elif not self._fits(count, rows + min(count, chunk)):
+                return
+            joined = True
+            self._waiting.popleft()
+            sequence.begin(self._cache(count + 1), chunk)
+            self._running.append(sequence)
+            rows += sequence.next_rows
+
+    def _fits(self, tokens: int, rows: int) -> bool:
+        sequences = len(self._running) + 1
+        if self._room.fits(rounded(tokens + 1), rows, sequences):
+            return True
+        self._spare = None  # then at least the memory of those that have left serves again
+        return self._room.fits(rounded(tokens + 1), rows, sequences)
+
+    def _next(self) -> Sequence | None:
+        """Who is to join next, still among those that wait; None if that cannot be answered."""
+        first = self._waiting[0]
+        if isinstance(first, Sequence):
+            return first
+        try:
+            sequence = Sequence(first, first.request(), self._device)
+        except UsageError as error:
+            self._waiting.popleft()
+            first.failed(error)
+            return None
+        self._waiting[0] = sequence
+        return sequence
+
+    def _cache(self, tokens: int) -> DynamicCache:
+        cache, self._spare = self._spare, None
+        config = self._config
+        if cache is None:
+            return make_cache(config.num_hidden_layers, tokens, config.max_position_embeddings)
+        for layer in past(cache):
+            layer.reset()
+            if layer.memory is None or layer.capacity < tokens:
+                layer.memory, layer.capacity = None, rounded(tokens)
+        return cache
+
+    def _drop_unwanted(self) -> None:
+        for sequence in list(self._running):
+            if not sequence.owner.wanted:
+                self._leave(sequence, whole=False)
+        left = [one for one in self._waiting if _owner(one).wanted]
+        if len(left) < len(self._waiting):
+            self._waiting = deque(left)
+
+    def _leave(self, sequence: Sequence, whole: bool) -> None:
+        self._running.remove(sequence)
+        self._spare = sequence.suspend()
+        sequence.owner.done(sequence.request.conclude(whole))
+
+    def _fail(self, sequence: Sequence, error: MemoryShortageError) -> None:
+        self._running.remove(sequence)
+        sequence.suspend()
+        sequence.owner.failed(error)
+
+    # The pass ----------------------------------------------------------------------------------
+
+    def _pass(self) -> tuple[list[Part], Several[torch.Tensor]]:
+        """Made with fewer, if memory does not suffice for all: who came last waits."""
+        while True:
+            parts = [sequence.part() for sequence in self._running]
+            try:
+                logits = self._passes(parts) if parts else []
+                self.passes += bool(parts)
+                return parts, logits
+            except MemoryShortageError as error:
+                reason = error
+            except torch.OutOfMemoryError as error:
+                reason = shortage(str(error))
+            # Not in the except clause: until it ends, the traceback holds the tensors of the pass.
+            self._spare = None
+            if len(self._running) == 1:
+                self._fail(self._running[0], reason)
+            else:
+                newest = self._running.pop()
+                newest.suspend()
+                self._waiting.appendleft(newest)
+
+    def _choose(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor | None:
+        try:
+            found: torch.Tensor = self._passes.restfully(lambda: sequence.choose(logits))
+            return found
+        except MemoryShortageError as error:
+            self._fail(sequence, error)
+        except torch.OutOfMemoryError as error:
+            self._fail(sequence, shortage(str(error)))
+        return None
+
+    def _put(self, sequence: Sequence, token: int, ended: bool) -> None:
+        try:
+            sequence.put(token)
+        except Stopped:
+            self._leave(sequence, whole=False)
+            return
+        if ended:
+            self._leave(sequence, whole=True)
+
+
+def _owner(one: Owner | Sequence) -> Owner:
+    return one.owner if isinstance(one, Sequence) else one

@@ -1,0 +1,95 @@
+"""One request among others: its tokens, its KV cache, and how its next token is chosen.
+
+Choosing is what transformers' own loop does, with random numbers of the request's own: so a seed gives
+the same text in every company.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache
+
+from common.errors import WeightFeederError
+from engine.batch.attention import Part
+from engine.generate import Answer, Request
+
+
+class Owner(Protocol):
+    """Whoever wants the answer."""
+
+    @property
+    def wanted(self) -> bool:
+        """False once nobody waits for it any more."""
+
+    def request(self) -> Request:
+        """What is asked, when its turn has come. UsageError if it cannot be answered."""
+
+    def done(self, answer: Answer) -> None: ...
+
+    def failed(self, error: WeightFeederError) -> None: ...
+
+
+class Sequence:
+    """The request, and how far it is."""
+
+    def __init__(self, owner: Owner, request: Request, device: torch.device) -> None:
+        self.owner, self.request = owner, request
+        self.ids = list(request.ids)
+        self.cache: DynamicCache | None = None
+        self._chunk = 1  # how many tokens of the prompt a pass may take
+        self._done = 0  # tokens whose keys and values are in the cache
+        self._device = device
+        self._tokens = torch.tensor([self.ids], device=device)
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        self._random = torch.Generator(device).manual_seed(seed)
+
+    def begin(self, cache: DynamicCache, chunk: int) -> None:
+        """It has joined; ``cache`` is empty."""
+        self.cache, self._done = cache, 0
+        self._chunk = min(chunk, self.request.config.prefill_chunk_size or chunk)
+        if len(self.ids) == len(self.request.ids):
+            self.request.begin()
+
+    def suspend(self) -> DynamicCache:
+        """It has to leave, and may join again: then its tokens so far are its prompt. Its cache is free."""
+        assert self.cache is not None
+        cache, self.cache = self.cache, None
+        return cache
+
+    @property
+    def next_rows(self) -> int:
+        """How many tokens it has in the next pass."""
+        left = len(self.ids) - self._done
+        return min(left, self._chunk)
+
+    def part(self) -> Part:
+        """Its share of the next pass."""
+        assert self.cache is not None
+        end = self._done + self.next_rows
+        return Part(tuple(self.ids[self._done : end]), self._done, self.cache)
+
+    def passed(self, part: Part) -> bool:
+        """The pass was made; whether its logits choose a token."""
+        self._done += len(part.ids)
+        return self._done == len(self.ids)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The token after the last, and whether it ends the text: [2], on their way to the host."""
+        scores = self.request.processor(self._tokens, logits.to(torch.float32, copy=True))
+        if self.request.config.do_sample:
+            chances = torch.nn.functional.softmax(scores, dim=-1)
+            token = torch.multinomial(chances, num_samples=1, generator=self._random)
+        else:
+            token = torch.argmax(scores, dim=-1, keepdim=True)
+        tokens = torch.cat([self._tokens, token], dim=1)
+        ended = self.request.criteria(tokens, scores)
+        self._tokens = tokens
+        return torch.cat([token.view(1), ended.view(1).to(token.dtype)])
+
+    def put(self, token: int) -> None:
+        """The token that was chosen. Raises Stopped if no more are wanted."""
+        self.ids.append(token)
+        self.request.put(token)
