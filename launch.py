@@ -24,9 +24,10 @@ try:
         add_feeder,
         add_server,
         as_flags,
+        batch_asked,
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
-    from common.config import Cache, Speculate, parse_size
+    from common.config import Cache, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.process import clear_run_directory, run_path
     from common.store import Store
@@ -67,7 +68,9 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
-        Speculate.parse(arguments.speculate)
+        many = arguments.command == "serve" or getattr(arguments, "prompts", None) is not None
+        batch = batch_asked(arguments, many)
+        arguments.batch = batch if many else None  # the feeder plans for as many
         with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:

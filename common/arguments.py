@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from common.config import DTYPES, SLOTS
-from common.errors import EXIT_USAGE
+from common.config import DEFAULT_BATCH, DTYPES, SLOTS, Speculate, batch_of
+from common.errors import EXIT_USAGE, UsageError
 
 #: The server's key, where it is not given as a flag.
 API_KEY_VARIABLE = "WEIGHT_FEEDER_API_KEY"
@@ -39,6 +39,10 @@ def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--trace", metavar="FILE",
             help="write a timeline of both processes there, for ui.perfetto.dev",
+        ),
+        parser.add_argument(
+            "--batch", type=int, metavar="N",
+            help=f"requests or --prompts that share each pass, memory is kept for; {DEFAULT_BATCH}",
         ),
     ]  # fmt: skip
 
@@ -167,6 +171,18 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--wait-full", action="store_true", help="fill the cache before the first prompt"
         ),
     ]  # fmt: skip
+
+
+def batch_asked(arguments: argparse.Namespace, many: bool) -> int:
+    """How many sequences an engine takes at once. ``many``: whether it is to get several. UsageError."""
+    lookup = Speculate.parse(arguments.speculate).mode == "lookup"
+    batch = batch_of(arguments.batch, DEFAULT_BATCH if many and not lookup else 1)
+    if many and lookup and batch > 1:
+        raise UsageError(
+            f"--batch {batch} and --speculate {arguments.speculate}: candidates are checked for one"
+            " sequence at a time: leave out one of the two"
+        )
+    return batch if many else 1
 
 
 def as_flags(arguments: argparse.Namespace, actions: Sequence[argparse.Action]) -> list[str]:

@@ -33,9 +33,7 @@ def kv_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     return 2 * int(config["num_hidden_layers"]) * key_value * tokens * itemsize
 
 
-def activation_bytes(
-    config: dict[str, Any], tokens: int, itemsize: int, sequences: int = 1
-) -> int:
+def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, sequences: int = 1) -> int:
     """The most that a pass of ``tokens`` tokens has allocated at once, KV cache left out.
 
     Counts the tensors that live together in transformers' Qwen2 with an attention that makes no

@@ -26,6 +26,7 @@ class Report:
     def __init__(self, client: WeightClient) -> None:
         self._client = client
         self._answers: list[Answer] = []
+        self._seconds: float | None = None
         self._tokens = 0
         client.ask_status()
         self._streamed_before = client.streamed_bytes
@@ -43,6 +44,10 @@ class Report:
 
     def add(self, answer: Answer) -> None:
         self._answers.append(answer)
+
+    def together(self, seconds: float) -> None:
+        """The answers were made at the same time, and all of them took so long."""
+        self._seconds = seconds
 
     def __enter__(self) -> Report:
         if (
@@ -69,7 +74,7 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """The figures of the run, in the units that their names say."""
         after = self._client.ask_status()
-        seconds = sum(answer.seconds for answer in self._answers)
+        seconds = self._seconds or sum(answer.seconds for answer in self._answers)
         tokens = sum(len(answer.ids) for answer in self._answers)
         gaps = [
             1000 * (later - earlier)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from common.arguments import batch_asked
 from common.config import Speculate
 from common.entry import at_last
 from common.errors import PeerError, UsageError
@@ -41,6 +42,7 @@ from engine.traced_client import ROWS, client_for
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
     from transformers import PreTrainedModel
 
+    from engine.batch.batch import Batch
     from engine.generate import Generator, Sampling
     from engine.report import Report
     from engine.speculation import Speculation
@@ -58,6 +60,7 @@ class Ready:
     model: PreTrainedModel
     tracer: Tracer | None
     speculation: Speculation | None
+    batch: Batch | None  # if several sequences are to share a pass
 
 
 def run(arguments: argparse.Namespace, leash: Leash) -> None:
@@ -74,7 +77,9 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         def work(ready: Ready) -> None:
             _answer_all(arguments, ready, prompts, output)
 
-        with_model(arguments, leash, sampling, work)
+        with_model(
+            arguments, leash, sampling, work, batch_asked(arguments, bool(arguments.prompts))
+        )
 
 
 def with_model(
@@ -82,8 +87,10 @@ def with_model(
     leash: Leash,
     sampling: Sampling,
     work: Callable[[Ready], None],
+    batch: int = 1,
 ) -> None:
-    """Make the model ready, let it ``work``, and give everything back. Raises WeightFeederError."""
+    """Make the model ready, let it ``work``, and give everything back. ``batch``: so many sequences
+    may share a pass. Raises WeightFeederError."""
     Speculate.parse(arguments.speculate)
     raise_on_termination()
     if arguments.debugpy is not None:
@@ -103,7 +110,7 @@ def with_model(
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         try:
-            _generate(arguments, client, model_lock, sampling, work, tracer)
+            _generate(arguments, client, model_lock, sampling, work, tracer, batch)
         except torch.OutOfMemoryError as error:
             from engine.shortage import shortage
 
@@ -117,7 +124,10 @@ def _generate(
     sampling: Sampling,
     work: Callable[[Ready], None],
     tracer: Tracer | None,
+    most: int,
 ) -> None:
+    from engine.batch.batch import Batch
+    from engine.batch.passes import Passes
     from engine.generate import Generator
     from engine.loop import Loop
     from engine.model import build_model
@@ -146,7 +156,9 @@ def _generate(
     if reason:
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
-    speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
+    speculation = None
+    if most == 1:  # candidates are of one sequence
+        speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation)
 
     def chunk(tokens: int) -> int | None:
@@ -154,12 +166,15 @@ def _generate(
 
     raw = bool(getattr(arguments, "raw", False))
     generator = Generator(model, codec, sampling, raw, loop, chunk)
+    batch = None
+    if most > 1:
+        batch = Batch(model, Passes(model, step, keeper.survive), keeper, most)
     if arguments.wait_full:
         _wait_full(client)
     with ExitStack() as stack:
         if memory.device.type == "cuda":  # slots go back only when no kernel reads them
             stack.push(at_last(lambda: torch.cuda.synchronize(memory.device)))
-        work(Ready(generator, client, memory, store, model, tracer, speculation))
+        work(Ready(generator, client, memory, store, model, tracer, speculation, batch))
 
 
 def _answer_all(
@@ -174,9 +189,15 @@ def _answer_all(
     with ExitStack() as stack:
         stack.enter_context(report)
         device = ready.memory.device
-        token = stack.enter_context(profiled(arguments.profile, device, report.token))
-        for prompt in prompts:
-            _answer(prompt, ready.generator, report, token, output, bool(arguments.prompts))
+        if ready.batch is not None:
+            from engine.batch.prompts import answer_together
+
+            tick = stack.enter_context(profiled(arguments.profile, device, lambda: None))
+            answer_together(prompts, ready.generator, ready.batch, report, tick, output)
+        else:
+            token = stack.enter_context(profiled(arguments.profile, device, report.token))
+            for prompt in prompts:
+                _answer(prompt, ready.generator, report, token, output, bool(arguments.prompts))
     speculation = ready.speculation
     figures = {"speculate": "off"} if speculation is None else speculation.figures()
     print_summary(report.summary() | figures, arguments.json)

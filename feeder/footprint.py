@@ -16,9 +16,9 @@ from common.checkpoint import EMBEDDING
 from common.config import format_bytes
 from common.footprint import (
     PASS_STEP,
+    PLANNED_CONTEXT,
     SCRATCH_ELEMENTS,
     WORKSPACE_BYTES,
-    PLANNED_CONTEXT,
     activation_bytes,
     kept_tokens,
     kv_bytes,

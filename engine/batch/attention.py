@@ -112,7 +112,7 @@ def taking_turns(model: Any) -> Iterator[None]:
 
 def _attention_of(model: Any) -> Callable[..., Any]:
     """The attention that the model uses when it is not in company."""
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, eager)
 
 

@@ -96,10 +96,10 @@ class Batch:
                 self._passes.rest()  # slots may have to shrink
                 kept = 0 if self._spare is None else past(self._spare)[0].capacity
                 chunk = min(chunk, self._room.chunk(count, kept) or chunk)
-            elif joined and rows + min(count, chunk) > MOST_ROWS:
-                return
-            elif not self._fits(count, rows + min(count, chunk)):
-                return
+            else:
+                total = rows + min(count, chunk)
+                if (joined and total > MOST_ROWS) or not self._fits(count, total):
+                    return
             joined = True
             self._waiting.popleft()
             sequence.begin(self._cache(count + 1), chunk)
@@ -142,9 +142,11 @@ class Batch:
         for sequence in list(self._running):
             if not sequence.owner.wanted:
                 self._leave(sequence, whole=False)
-        left = [one for one in self._waiting if _owner(one).wanted]
-        if len(left) < len(self._waiting):
-            self._waiting = deque(left)
+        for one in list(self._waiting):
+            if not _owner(one).wanted:
+                self._waiting.remove(one)
+                if isinstance(one, Sequence):
+                    one.owner.done(one.request.conclude(whole=False))
 
     def _leave(self, sequence: Sequence, whole: bool) -> None:
         self._running.remove(sequence)

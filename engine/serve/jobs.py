@@ -1,14 +1,14 @@
 """What is to be generated, who waits for it, and in which order it is done.
 
 The seam between the server and the model: on one side requests become jobs and wait for events, on the
-other a scheduler answers jobs. One that batches takes the place of `OneByOne` and changes nothing else.
-Knows neither HTTP nor the shape of replies.
+other a scheduler answers jobs, one by one here or several together in engine/serve/together.py. Knows
+neither HTTP nor the shape of replies.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -79,6 +79,8 @@ class Watcher(Protocol):
 
     def done(self, job: Job, answer: Answer) -> None: ...
 
+    def failed(self, job: Job) -> None: ...
+
 
 class Scheduler(Protocol):
     """Answers jobs. ``run`` is for the thread that owns the model, the rest for the server's."""
@@ -102,94 +104,147 @@ class Scheduler(Protocol):
         """Take no more jobs, and let ``run`` return when it looks for the next."""
 
 
+class Queue:
+    """The jobs that wait, in the order in which they came. Made for one thread that submits and one that
+    takes."""
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: how many may wait."""
+        self._limit = limit
+        # A queue that a signal's exception may leave at any point; of the set each step is atomic.
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self.waiting: set[Job] = set()
+        self.stopped = False
+
+    def submit(self, job: Job) -> None:
+        """Busy or Ending if it cannot be taken."""
+        if self.stopped:
+            raise Ending("the server is ending")
+        if len(self.waiting) >= self._limit:
+            raise Busy(f"{len(self.waiting)} requests wait already: try again later")
+        self.waiting.add(job)
+        self._queue.put(job)
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for it any more."""
+        job.cancelled = True
+        job.prompt = []  # it stays in the queue, and need not take memory there
+        self.waiting.discard(job)
+
+    def stop(self) -> None:
+        """Take no more, and tell whoever takes."""
+        self.stopped = True
+        self._queue.put(None)
+
+    def take(self) -> Job | None:
+        """The next, which may have been cancelled; waits for it. None after `stop`."""
+        return self._queue.get()
+
+    def take_now(self) -> Iterator[Job]:
+        """Those that are there by now. Ends amid them after `stop`."""
+        while not self._queue.empty() and (job := self._queue.get()) is not None:
+            yield job
+
+    def end(self, running: Iterable[Job]) -> None:
+        """Nobody takes any more: tell all that are left."""
+        self.stopped = True
+        for job in [*running, *self.waiting]:
+            job.tell(Failed(Ending("the server has ended before this was answered")))
+        self.waiting.clear()
+
+
+class Telling:
+    """What becomes of the tokens of one job: its events, and the watcher's figures."""
+
+    def __init__(self, job: Job, watcher: Watcher) -> None:
+        self.job, self._watcher = job, watcher
+        self._stop = StopText(job.stops)
+        self._seen = 0
+
+    def begin(self) -> None:
+        self._watcher.begin(self.job)
+
+    def token(self) -> None:
+        """One is there. Raises Stopped if nobody wants it."""
+        if self.job.cancelled:
+            raise Stopped
+        self._seen += 1
+        self._watcher.token(self.job, self._seen == 1)
+
+    def write(self, text: str) -> None:
+        """Text is there. Raises Stopped if it ends with it."""
+        self._tell(self._stop.add(text))
+        if self._stop.found:
+            raise Stopped
+
+    def done(self, answer: Answer) -> None:
+        """There is no more."""
+        self._tell(self._stop.end())
+        self._watcher.done(self.job, answer)
+        if not self.job.cancelled:
+            reason = "stop" if answer.ended or self._stop.found else "length"
+            self.job.tell(Ended(reason, len(answer.ids)))
+
+    def failed(self, error: WeightFeederError) -> None:
+        """It cannot be answered."""
+        self._watcher.failed(self.job)
+        self.job.tell(Failed(error))
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self.job.tell(Piece(text))
+
+
 class OneByOne:
     """One job after the other, in the order in which they came."""
 
     def __init__(self, generator: Generator, limit: int, watcher: Watcher) -> None:
         """``limit``: how many may wait."""
-        self._generator, self._limit, self._watcher = generator, limit, watcher
-        # A queue that a signal's exception may leave at any point; of the set each step is atomic.
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self._waiting: set[Job] = set()
+        self._generator, self._watcher = generator, watcher
+        self._queue = Queue(limit)
         self._current: Job | None = None
-        self._stopped = False
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue.waiting)
+
+    def submit(self, job: Job) -> None:
+        self._queue.submit(job)
+
+    def cancel(self, job: Job) -> None:
+        self._queue.cancel(job)
+
+    def stop(self) -> None:
+        self._queue.stop()
 
     @property
     def running(self) -> int:
         return int(self._current is not None)
 
-    def submit(self, job: Job) -> None:
-        if self._stopped:
-            raise Ending("the server is ending")
-        if self.waiting >= self._limit:
-            raise Busy(f"{self.waiting} requests wait already: try again later")
-        self._waiting.add(job)
-        self._queue.put(job)
-
-    def cancel(self, job: Job) -> None:
-        job.cancelled = True
-        job.prompt = []  # it stays in the queue, and need not take memory there
-        self._waiting.discard(job)
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._queue.put(None)
-
     def run(self) -> None:
         try:
-            while (job := self._queue.get()) is not None:
+            while (job := self._queue.take()) is not None:
                 self._current = job
-                self._waiting.discard(job)
+                self._queue.waiting.discard(job)
                 prompt = job.prompt
                 if not job.cancelled:
                     self._answer(job, prompt)
                 self._current = None
         finally:
-            self._stopped = True
-            left = ([self._current] if self._current else []) + list(self._waiting)
-            for job in left:
-                job.tell(Failed(Ending("the server has ended before this was answered")))
-            self._waiting.clear()
+            self._queue.end([self._current] if self._current else [])
 
     def _answer(self, job: Job, prompt: list[int]) -> None:
-        stop = StopText(job.stops)
-        seen = 0
-
-        def token() -> None:
-            nonlocal seen
-            if job.cancelled:
-                raise Stopped
-            seen += 1
-            self._watcher.token(job, seen == 1)
-
-        def write(text: str) -> None:
-            _tell(job, stop.add(text))
-            if stop.found:
-                raise Stopped
-
-        self._watcher.begin(job)
+        telling = Telling(job, self._watcher)
+        telling.begin()
         try:
-            answer = self._generator.answer(prompt, write, token, job.sampling)
+            answer = self._generator.answer(prompt, telling.write, telling.token, job.sampling)
         except (
             UsageError,
             MemoryShortageError,
         ) as error:  # of this job; what else there is ends us
-            job.tell(Failed(error))
+            telling.failed(error)
             return
         except torch.OutOfMemoryError as error:
-            job.tell(Failed(shortage(str(error))))
+            telling.failed(shortage(str(error)))
             return
-        _tell(job, stop.end())
-        self._watcher.done(job, answer)
-        if not job.cancelled:
-            reason = "stop" if answer.ended or stop.found else "length"
-            job.tell(Ended(reason, len(answer.ids)))
-
-
-def _tell(job: Job, text: str) -> None:
-    if text:
-        job.tell(Piece(text))
+        telling.done(answer)

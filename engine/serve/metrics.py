@@ -24,7 +24,8 @@ class Meters:
     def __init__(self, client: WeightClient) -> None:
         self._client = client
         self.registry = CollectorRegistry()
-        self._stall_s = 0.0
+        self._running: dict[Job, float] = {}  # with the stall until it began
+        self._busy_since = 0.0
 
         def name(text: str) -> str:
             return PREFIX + text
@@ -53,7 +54,7 @@ class Meters:
             registry=registry,
         )
         self._busy = Counter(
-            name("generation_seconds"), "Time that was spent on answers", registry=registry
+            name("generation_seconds"), "Time in which answers were generated", registry=registry
         )
         self._stall = Gauge(
             name("stall_share"), "Share of the last answer's time that it waited for weights",
@@ -73,14 +74,27 @@ class Meters:
         return generate_latest(self.registry)
 
     def begin(self, job: Job) -> None:
-        self._stall_s = self._client.stats.stall_s
+        if not self._running:
+            self._busy_since = time.perf_counter()
+        self._running[job] = self._client.stats.stall_s
 
     def token(self, job: Job, first: bool) -> None:
         self._tokens.inc()
         if first:
             self._first.observe(time.perf_counter() - job.asked)
 
+    def failed(self, job: Job) -> None:
+        self._over(job)
+
+    def _over(self, job: Job) -> None:
+        if self._running.pop(job, None) is not None:
+            now = time.perf_counter()
+            self._busy.inc(now - self._busy_since)
+            self._busy_since = now
+
     def done(self, job: Job, answer: Answer) -> None:
+        stalled = self._client.stats.stall_s - self._running[job]
+        self._over(job)
         if job.cancelled:
             self._cancelled.inc()
         else:
@@ -88,8 +102,6 @@ class Meters:
         for before, after in zip(answer.times_s, answer.times_s[1:], strict=False):
             self._between.observe(after - before)
         if answer.seconds > 0:
-            self._busy.inc(answer.seconds)
-            stalled = self._client.stats.stall_s - self._stall_s
             self._stall.set(min(1.0, stalled / answer.seconds))
             self._rate.set(len(answer.ids) / answer.seconds)
 

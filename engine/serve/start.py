@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from common.arguments import API_KEY_VARIABLE
+from common.arguments import API_KEY_VARIABLE, batch_asked
 from common.errors import InternalError, UsageError
 from common.log import log
 from common.process import Leash, raise_on_termination
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     """Serve until a signal comes. Raises WeightFeederError."""
     raise_on_termination()
     _require_packages()
-    key = _key(arguments)
+    key, batch = _key(arguments), batch_asked(arguments, many=True)
     for flag, value in (("--max-tokens", arguments.max_tokens), ("--queue", arguments.queue)):
         if value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         def work(ready: Ready) -> None:
             _serve(arguments, key, listener, ready)
 
-        with_model(arguments, leash, Sampling(), work)
+        with_model(arguments, leash, Sampling(), work, batch)
 
 
 def _serve(
@@ -57,6 +57,7 @@ def _serve(
     from engine.serve.app import App, Model
     from engine.serve.jobs import OneByOne
     from engine.serve.metrics import Meters
+    from engine.serve.together import Together
     from engine.text import codec_for
 
     context = ready.generator.context
@@ -68,7 +69,9 @@ def _serve(
         max_tokens=min(arguments.max_tokens, context),
     )
     meters = Meters(ready.client)
-    scheduler = OneByOne(ready.generator, arguments.queue, meters)
+    scheduler: Scheduler = OneByOne(ready.generator, arguments.queue, meters)
+    if ready.batch is not None:
+        scheduler = Together(ready.generator, ready.batch, arguments.queue, meters)
     meters.watch(scheduler)
     config = uvicorn.Config(
         App(model, scheduler, meters, ready.client).asgi(key),
