@@ -199,7 +199,11 @@ def _answer_all(
             for prompt in prompts:
                 _answer(prompt, ready.generator, report, token, output, bool(arguments.prompts))
     speculation = ready.speculation
-    figures = {"speculate": "off"} if speculation is None else speculation.figures()
+    figures: dict[str, object] = {"speculate": "off"}
+    if speculation is not None:
+        figures = speculation.figures()
+    if ready.batch is not None:
+        figures |= {"batch": ready.batch.most, "passes": ready.batch.passes}
     print_summary(report.summary() | figures, arguments.json)
 
 

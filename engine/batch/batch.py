@@ -40,7 +40,7 @@ class Batch:
 
     def __init__(self, model: Any, passes: Passes, room: Room, most: int) -> None:
         self._config, self._device = model.config, model.device
-        self._passes, self._room, self._most = passes, room, most
+        self._passes, self._room, self.most = passes, room, most
         self._waiting: deque[Owner | Sequence] = deque()  # Sequences have been in before
         self._running: list[Sequence] = []  # who joined first is first
         self._spare: DynamicCache | None = None  # the memory of one that has left
@@ -86,7 +86,7 @@ class Batch:
     def _admit(self) -> None:
         joined = False
         rows = sum(sequence.next_rows for sequence in self._running)
-        while self._waiting and len(self._running) < self._most:
+        while self._waiting and len(self._running) < self.most:
             sequence = self._next()
             if sequence is None:
                 continue

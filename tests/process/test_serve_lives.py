@@ -28,7 +28,7 @@ def serving(long_store: Path) -> Iterator[Serving]:
     """With room for one request that waits."""
     with processes.room() as place:
         place.feeder(*lives.feeder_flags(long_store))
-        yield serve(place, "--queue=1")
+        yield serve(place, "--queue=1", "--batch=1")
 
 
 def begun(serving: Serving, tokens: int) -> Any:
