@@ -1,8 +1,9 @@
 """Attention in a pass over several sequences: each looks at its own keys and values, by the model's own call.
 
 The tokens of all sequences lie one behind the other in one row. What concerns single tokens (products,
-norms) does not care; attention takes the row apart again. Registered with transformers, which hands on
-what it does not know, here the ``company``.
+norms) does not care; attention takes the row apart again. Where the fused step could be taken, a kernel
+does that for all that have a single token. Registered with transformers, which hands on what it does not
+know, here the ``company``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engine.cache import PastLayer, past
+from engine.batch.kernels import ManyPasts
+from engine.cache import PastLayer, past, reserve
 
 NAME = "weight_feeder_batch"
 
@@ -41,7 +43,8 @@ class Part:
 class Company:
     """The parts of one pass, and what attention makes of them."""
 
-    def __init__(self, model: Any, parts: Sequence[Part]) -> None:
+    def __init__(self, model: Any, parts: Sequence[Part], fused: bool = False) -> None:
+        """``fused``: whether single tokens of different sequences may take one launch."""
         self.parts = parts
         self._attend = _attention_of(model)
         ends = torch.tensor([len(part.ids) for part in parts]).cumsum(0).tolist()
@@ -54,6 +57,21 @@ class Company:
             _masks(model, part, self.positions[:, a:b])
             for part, (a, b) in zip(parts, self.spans, strict=True)
         ]
+        singles = [i for i, part in enumerate(parts) if fused and part.start and len(part.ids) == 1]
+        self._singles = set(singles) if len(singles) > 1 else set()
+        self._many: ManyPasts | None = None
+        if self._singles:
+            for i in singles:
+                reserve(parts[i].cache, parts[i].start + 1)
+            pasts = [[_memory(layer) for layer in past(parts[i].cache)] for i in singles]
+            lengths, rows = [parts[i].start for i in singles], [self.spans[i][0] for i in singles]
+            self._many = ManyPasts(pasts, lengths, rows, model.config.num_attention_heads)
+
+    def passed(self) -> None:
+        """The pass is complete: what the kernels have added to the caches counts."""
+        for i in self._singles:
+            for layer in past(self.parts[i].cache):
+                layer.set_length(self.parts[i].start + 1)
 
     def attend(
         self,
@@ -64,9 +82,15 @@ class Company:
         **named: Any,
     ) -> torch.Tensor:
         """query [1, heads, rows, D], key and value [1, KV heads, rows, D]: [1, rows, heads, D]."""
-        outputs = []
         sliding = named.get("sliding_window") is not None
-        for part, masks, (a, b) in zip(self.parts, self._masks, self.spans, strict=True):
+        output = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+        together = self._many is not None and not sliding
+        if together and self._many is not None:
+            self._many.attend(module.layer_idx, query, key, value, named["scaling"], output)
+        for i, (part, masks) in enumerate(zip(self.parts, self._masks, strict=True)):
+            if together and i in self._singles:
+                continue
+            a, b = self.spans[i]
             layer = part.cache.layers[module.layer_idx]
             assert isinstance(layer, PastLayer)
             if layer.is_initialized:  # so that a pass can be made again
@@ -76,9 +100,8 @@ class Company:
             own = query[:, :, a:b].transpose(1, 2).contiguous().transpose(1, 2)
             if "position_ids" in named:
                 named["position_ids"] = self.positions[:, a:b]
-            output, _ = self._attend(module, own, keys, values, masks[sliding], **named)
-            outputs.append(output)
-        return torch.cat(outputs, dim=1)
+            output[:, a:b], _ = self._attend(module, own, keys, values, masks[sliding], **named)
+        return output
 
 
 def batched(
@@ -108,6 +131,11 @@ def taking_turns(model: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = former
+
+
+def _memory(layer: PastLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    assert layer.memory is not None
+    return layer.memory
 
 
 def _attention_of(model: Any) -> Callable[..., Any]:

@@ -25,7 +25,8 @@ Survive = Callable[[Callable[[], Any], Any], Any]
 
 
 class Passes:
-    """``step``: takes a single token of a sequence that is alone, if the model can be stepped through.
+    """``step``: takes a single token of a sequence that is alone, if the model can be stepped through;
+    its kind of kernels then takes those of several.
     ``survive``: makes a call, again if memory ran out in it and could be had."""
 
     def __init__(
@@ -79,7 +80,8 @@ class Passes:
     def _together(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         self.rest()
         model = self._model
-        company = Company(model, parts)
+        fused = self._step is not None and self._step.useful
+        company: Company = self._survive(lambda: Company(model, parts, fused), None)
         ids = torch.tensor([[token for part in parts for token in part.ids]], device=model.device)
         last = torch.tensor([end - 1 for _, end in company.spans], device=model.device)
         lengths = [len(part.ids) for part in parts]
@@ -88,6 +90,7 @@ class Passes:
                 input_ids=ids, position_ids=company.positions, use_cache=False,
                 logits_to_keep=last, company=company,
             )  # fmt: skip
+        company.passed()
         return [output.logits[:, index] for index in range(len(parts))]
 
     def _divide(self) -> None:
