@@ -117,6 +117,8 @@ def test_engine(room: Room, small_store: Path, tmp_path: Path) -> None:
     mistakes = [
         ([], "give either --prompt TEXT or --prompts FILE"),
         (["--prompt=1", good], "give either --prompt TEXT or --prompts FILE"),
+        (["--batch=0", good], "--batch 0: expected from 1 to 256"),
+        (["--batch=2", "--speculate=lookup", good], "leave out one of the two"),
         (["--prompt=1", "--output=x"], "--output is for the answers of --prompts"),
         ([good, f"--output={tmp_path / 'good.jsonl'}"], "good.jsonl exists: remove it"),
         ([good, "--output=/nowhere/x"], "output file /nowhere/x cannot be written: No such file"),
