@@ -82,7 +82,7 @@ def test_the_demo(room: Room, tmp_path: Path) -> None:
     source, output = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
     source.write_text(json.dumps(prompts))
     flags = ["--cache=800KiB", "--strategy=ring", "--wait-full", "--json", f"--prompts={source}"]
-    flags.append("--speculate=off")  # a pass for each token
+    flags += ["--speculate=off", "--batch=1"]  # a pass for each token
     ended = room.launch(*flags, f"--output={output}").wait()
     assert ended.code == 0, ended.err
     assert not quantized(ended)
