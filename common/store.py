@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +18,19 @@ from typing import TYPE_CHECKING, Any
 from common import store_json
 from common.checksum import checksum
 from common.errors import StoreCorruptError, StoreError
-from common.safetensors_file import Header, SafetensorsError, TensorSpec, read_header
+from common.inside import leads_outside
+from common.safetensors_file import (
+    METADATA,
+    Header,
+    SafetensorsError,
+    TensorSpec,
+    read_header,
+)
 from common.store_index import (
     CONFIG_FILE,
     FORMAT_VERSION,
     INDEX_FILE,
+    FileEntry,
     Index,
     ResidentEntry,
     WeightEntry,
@@ -71,8 +81,9 @@ class Store:
     def open(cls, path: Path | str) -> Store:
         """Open the store in the directory `path` and check it against its format.
 
-        Checked are the index, the config, and every file's header and size. Raises StoreError,
-        in one line, if anything is missing, malformed, of another version or inconsistent.
+        Checked are the index, the config, every file's header and size, and the checksums of the
+        files that hold no tensors. Raises StoreError, in one line, if anything is missing,
+        malformed, of another version or inconsistent, or if a link leads out of the directory.
         """
         path = Path(path)
         if not path.is_dir():
@@ -82,11 +93,14 @@ class Store:
                 f"{path} has no {INDEX_FILE}, so it is not a store; make one with: "
                 "python -m feeder.quantize MODEL_DIR STORE_DIR"
             )
-        config = _read_json(path / CONFIG_FILE)
-        try:
-            index = store_json.parse(_read_json(path / INDEX_FILE), config)
-        except StoreError as error:
-            raise StoreError(f"{path / INDEX_FILE}: {error}") from error
+        data = _read_json(path, INDEX_FILE)
+        with _naming(path / INDEX_FILE):
+            files = store_json.parse_files(data)
+        for entry in files or ():
+            _check_other(path, entry)
+        config = _read_json(path, CONFIG_FILE)
+        with _naming(path / INDEX_FILE):
+            index = store_json.parse(data, config, files)
         _check_files(path, index)
         return cls(
             path=path,
@@ -200,11 +214,30 @@ class Store:
             return self._handles[file]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error that does not yet say of which file it is."""
     try:
-        return read_object(path)
+        yield
+    except StoreError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    _require_inside(path, name)
+    try:
+        return read_object(path / name)
     except ValueError as error:
-        raise StoreError(f"{path}: {error}") from error
+        raise StoreError(f"{path / name}: {error}") from error
+
+
+def _require_inside(path: Path, name: str) -> None:
+    real = leads_outside(path, path / name)
+    if real is not None:
+        raise StoreError(
+            f"{path / name} is a link to {real}, outside the store; "
+            "put the file itself there, if it is meant"
+        )
 
 
 def _check_files(path: Path, index: Index) -> None:
@@ -212,15 +245,34 @@ def _check_files(path: Path, index: Index) -> None:
     expected: dict[str, list[TensorSpec]] = {}
     for weight in index.weights:
         expected.setdefault(weight.file, []).extend(packed_specs(weight.name, weight.shape))
-    for entry in index.residents:
-        spec = TensorSpec(entry.name, entry.dtype, entry.shape)
-        expected.setdefault(entry.file, []).append(spec)
+    for kept in index.residents:
+        spec = TensorSpec(kept.name, kept.dtype, kept.shape)
+        expected.setdefault(kept.file, []).append(spec)
     for file, specs in expected.items():
+        _require_inside(path, file)
         try:
             header = read_header(path / file)
         except SafetensorsError as error:
             raise StoreError(f"{error}; quantize the checkpoint again") from error
         _check_header(path / file, header, specs)
+
+
+def _check_other(path: Path, entry: FileEntry) -> None:
+    """Check a file without tensors, all of it: none of them is large."""
+    file = path / entry.name
+    _require_inside(path, entry.name)
+    try:
+        if not file.is_file():
+            raise StoreError(f"{file} is missing, expected the file that {INDEX_FILE} names")
+        size = file.stat().st_size
+        found = checksum(file.read_bytes()) if size == entry.bytes else f"of {size} bytes"
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}") from error
+    if found != entry.checksum:
+        raise StoreCorruptError(
+            f"{file}: the checksum is {found}, expected {entry.checksum} of {entry.bytes} bytes; "
+            "the store is damaged, quantize the checkpoint again"
+        )
 
 
 def _check_header(path: Path, header: Header, specs: list[TensorSpec]) -> None:
@@ -234,3 +286,8 @@ def _check_header(path: Path, header: Header, specs: list[TensorSpec]) -> None:
     if len(header.tensors) != len(specs):
         extra = sorted(header.tensors.keys() - {spec.name for spec in specs})
         raise StoreError(f"{path}: holds {extra[0]!r:.80}, which store.json does not name")
+    if header.metadata != METADATA:
+        raise StoreError(
+            f"{path}: __metadata__ is {header.metadata!r:.60}, expected {METADATA}; "
+            "the store is damaged, quantize the checkpoint again"
+        )

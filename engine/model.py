@@ -140,8 +140,9 @@ def _feed_linears(
     for layer in model.get_submodule("model.layers").children():
         for names in family_of(store.config).groups:
             members = [layer.get_submodule(name) for name in names]
-            if all(isinstance(member, FedLinear) for member in members):
-                Group(client, products, members)
+            fed = [member for member in members if isinstance(member, FedLinear)]
+            if len(fed) == len(names):
+                Group(client, products, fed)
 
 
 def _assign(model: nn.Module, residents: dict[str, torch.Tensor]) -> None:

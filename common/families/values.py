@@ -20,7 +20,7 @@ def is_integer(value: object, least: int, most: int) -> bool:
 
 def is_number(value: object, least: float, most: float) -> bool:
     """Whether the value is a finite number from `least` to `most`. A bool is none."""
-    return type(value) in (int, float) and least <= value <= most  # type: ignore[arg-type, operator]
+    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
 
 
 def require_number(config: dict[str, Any], key: str, least: float, most: float) -> None:
