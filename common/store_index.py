@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from common.blocks import code_bytes, scale_count
-from common.qwen2 import model_dtype
+from common.families import model_dtype
 from common.safetensors_file import TensorSpec
 
 FORMAT = "weight-feeder"

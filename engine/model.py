@@ -140,9 +140,9 @@ def _feed_linears(
     for layer in model.get_submodule("model.layers").children():
         for names in family_of(store.config).groups:
             members = [layer.get_submodule(name) for name in names]
-            fed = [member for member in members if isinstance(member, FedLinear)]
-            if len(fed) == len(names):
-                Group(client, products, fed)
+            group = [member for member in members if isinstance(member, FedLinear)]
+            if len(group) == len(names):
+                Group(client, products, group)
 
 
 def _assign(model: nn.Module, residents: dict[str, torch.Tensor]) -> None:

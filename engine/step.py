@@ -56,26 +56,31 @@ class _Layer:
 
 def supports(model: Any) -> str:
     """ "" if the model can be stepped through, else the reason why not."""
+    if model.device.type != "cuda":
+        return "it is not on a GPU"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"its dtype is {model.dtype}"
+    return misfit(model)
+
+
+def misfit(model: Any) -> str:
+    """ "" if the step computes what the model's layers compute, on whatever device, else what differs."""
     config = model.config
+    if not FAMILIES[config.model_type].stepped:
+        return f"there is none for the family {config.model_type}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     dim = head_dim(config)
-    family = FAMILIES.get(config.model_type)
-    seen = min((w for w in windows_of(config) if w is not None), default=None)
+    window = min((seen for seen in windows_of(config) if seen is not None), default=None)
+    longest = config.max_position_embeddings
     checks = [
-        (family is not None and family.stepped, f"it has no step for {config.model_type}"),
-        (model.device.type == "cuda", "it is not on a GPU"),
-        (model.dtype in (torch.bfloat16, torch.float16), f"its dtype is {model.dtype}"),
         (config.hidden_act == "silu", f"its activation is {config.hidden_act}"),
         (dim in (32, 64, 128, 256), f"its heads have {dim} elements"),
         (rope in ROPE_TYPES, f"its rotary embedding is {rope}"),
         (
-            seen is None or seen >= config.max_position_embeddings,
-            f"its sliding window of {seen} is shorter than its context",
+            window is None or window >= longest,
+            f"its window of {window} is shorter than its context of {longest}",
         ),
-        (
-            all(map(_biased_as_stepped, model.model.layers)),
-            "it has biases beyond those of q, k and v",
-        ),
+        (all(map(_biased_as_stepped, model.model.layers)), "it has biases beside q, k and v's"),
         (config.hidden_size % BEGIN_SIZE == 0, f"its hidden size is {config.hidden_size}"),
         (config.intermediate_size % BEGIN_SIZE == 0, f"its width is {config.intermediate_size}"),
     ]

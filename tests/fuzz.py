@@ -51,7 +51,7 @@ def make_store(path: Path) -> Path:
     tokenizer.write_text('{"version": "1.0", "model": {"vocab": {"a": 0}}}')
     generator = torch.Generator().manual_seed(1)
     dtypes = {name: "F32" if "norm" in name else "BF16" for name in RESIDENTS}
-    with StoreWriter(path, CONFIG, dtypes, copies=[tokenizer], shard_bytes=400) as writer:
+    with StoreWriter(path, CONFIG, dtypes, copies=[tokenizer], shard_bytes=150) as writer:
         for name, (rows, columns) in LINEAR.items():
             codes = torch.randint(256, (rows * columns // 2,), generator=generator)
             scales = torch.rand(-(-rows * columns // 128), generator=generator)
@@ -175,12 +175,11 @@ def _damaged_header(chance: random.Random, data: bytes) -> bytes:
 
 def flipped(case: int, chance: random.Random, files: dict[str, bytes]) -> tuple[str, bytes]:
     """One bit of one byte; case by case through all bytes of all files, and round again."""
-    at = case % sum(map(len, files.values()))
-    for name, data in files.items():
-        if at < len(data):
-            break
-        at -= len(data)
-    return name, data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+    everywhere = [(name, at) for name, data in files.items() for at in range(len(data))]
+    name, at = everywhere[case % len(everywhere)]
+    changed = bytearray(files[name])
+    changed[at] ^= 1 << chance.randrange(8)
+    return name, bytes(changed)
 
 
 def run(
