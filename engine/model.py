@@ -98,7 +98,7 @@ def _hollow(store: Store, attention: str, device: torch.device, dtype: torch.dty
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers has checks of its own, and many ways to say so
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{store.path / CONFIG_FILE}: transformers {transformers.__version__} refuses it: {reason}"
         ) from error
