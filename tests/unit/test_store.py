@@ -34,17 +34,23 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(path, shard_bytes=800, source_fingerprint="0" * 32, copies=copies)
 
 
+@pytest.fixture(scope="module")
+def unsealed(pristine: Path) -> Path:
+    """Without a checksum of the index, so that its fields are what is refused."""
+    path = shutil.copytree(pristine, pristine.parent / "unsealed")
+    edit_json(path / "store.json", lambda data: [data.pop(key) for key in ("files", "checksum")])
+    return path
+
+
 @pytest.fixture
 def sealed(pristine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pristine, tmp_path / "sealed")
 
 
 @pytest.fixture
-def copy(pristine: Path, tmp_path: Path) -> Path:
-    """A copy as stores were before the index had a checksum of its own, so that fields can be changed."""
-    path = shutil.copytree(pristine, tmp_path / "store")
-    edit_json(path / "store.json", lambda data: [data.pop(key) for key in ("files", "checksum")])
-    return path
+def copy(unsealed: Path, tmp_path: Path) -> Path:
+    """A copy without a checksum of the index, as they were before, so that its fields can be changed."""
+    return shutil.copytree(unsealed, tmp_path / "store")
 
 
 def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -307,15 +313,15 @@ def mutate(data: Any, choose: random.Random, value: Any) -> None:
 @given(st.randoms(use_true_random=False), json_values, st.sampled_from(["store", "config"]))
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_json_is_opened_or_refused_never_more(
-    pristine: Path, choose: random.Random, value: Any, which: str
+    unsealed: Path, choose: random.Random, value: Any, which: str
 ) -> None:
-    file = pristine / f"{which}.json"
+    file = unsealed / f"{which}.json"
     intact = file.read_bytes()
     data = json.loads(intact)
     mutate(data, choose, value)
     try:
         file.write_text(json.dumps(data))
-        store = Store.open(pristine)
+        store = Store.open(unsealed)
     except StoreError as error:
         assert str(error).splitlines() == [str(error)]
     else:
@@ -327,10 +333,10 @@ def test_mutated_json_is_opened_or_refused_never_more(
 @given(st.data())
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_bytes_are_opened_or_refused_never_more(
-    pristine: Path, data: st.DataObject
+    unsealed: Path, data: st.DataObject
 ) -> None:
     files = ["store.json", "config.json", "weights-00001-of-00002.safetensors"]
-    file = pristine / data.draw(st.sampled_from(files))
+    file = unsealed / data.draw(st.sampled_from(files))
     intact = file.read_bytes()
     # Of a safetensors file only the header can matter to `open`.
     end = min(len(intact), 600)
@@ -339,7 +345,7 @@ def test_mutated_bytes_are_opened_or_refused_never_more(
     inserted = data.draw(st.binary(max_size=4))
     try:
         file.write_bytes(intact[:position] + inserted + intact[position + length :])
-        Store.open(pristine)
+        Store.open(unsealed)
     except StoreError as error:
         assert str(error).splitlines() == [str(error)]
     finally:
