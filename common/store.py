@@ -100,7 +100,7 @@ class Store:
             _check_other(path, entry)
         config = _read_json(path, CONFIG_FILE)
         with _naming(path / INDEX_FILE):
-            index = store_json.parse(data, config, files)
+            index = store_json.parse(data, config)
         _check_files(path, index)
         return cls(
             path=path,

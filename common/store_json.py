@@ -84,12 +84,8 @@ def _own_checksum(data: dict[str, Any]) -> str:
     return checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
-def parse(
-    data: dict[str, Any], config: dict[str, Any], files: tuple[FileEntry, ...] | None
-) -> Index:
+def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     """Check a parsed store.json against the format and against the model's config.
-
-    files: what `parse_files` said of it.
 
     Raises StoreError, in one line that does not yet name the directory.
     """
@@ -118,8 +114,9 @@ def parse(
         raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
-        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method, files
-    )
+        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
+        parse_files(data),
+    )  # fmt: skip
 
 
 def parse_files(data: dict[str, Any]) -> tuple[FileEntry, ...] | None:
