@@ -168,7 +168,10 @@ class SlotMemory:
         """What an engine needs to map the segment."""
         segment = self._segment
         packed = PACKED in self.formats
-        return p.Export(self.segment_id, segment.kind, segment.size_bytes, segment.handle, packed)
+        return p.Export(
+            self.segment_id, segment.kind, segment.size_bytes, segment.handle, packed,
+            self.engine_bytes,
+        )  # fmt: skip
 
     def replace(self, strategy: Strategy, cache: Cache, slots: str, formats: list[str]) -> str:
         """A segment for another cache, or other ``formats``; no slot may be in use. "" or why it stayed
