@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint."
     )
-    parser.add_argument("model_dir", type=Path, help="a checkpoint in safetensors")
+    parser.add_argument("model_dir", type=Path, help="a Qwen2 checkpoint in safetensors")
     parser.add_argument("store_dir", type=Path, help="the store to make; must not exist")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument(
