@@ -81,7 +81,7 @@ def _parse(
     command = argv[0] if argv and argv[0] in _COMMANDS else ""
     parser = Parser(
         prog=f"python launch.py {command}".rstrip(),
-        description="Runs a model whose weights need not fit the GPU.",
+        description="Runs a Qwen2 model whose weights need not fit the GPU.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     command = argv[0] if argv and argv[0] in _FLAGS else ""
     parser = Parser(
         prog=f"python -m engine {command}".rstrip(),
-        description="Generates text with a model whose weights a feeder lends.",
+        description="Generates text with a Qwen2 model whose weights a feeder lends.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

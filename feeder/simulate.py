@@ -16,9 +16,9 @@ from common.blocks import packed_bytes, packed_span
 from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
-from common.families import expected_tensors
 from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
 from common.plan import Capacity, Plan
+from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
 from common.store import Store
 from feeder.arena import aligned

@@ -18,7 +18,7 @@ from common.errors import (
     UsageError,
     WeightFeederError,
 )
-from common.families import expected_tensors, validate_config
+from common.qwen2 import expected_tensors, validate_config
 from common.store import Store
 from common.strict_json import read_object
 from feeder.doctor import device, host, sharing, software
