@@ -84,11 +84,10 @@ class Company:
         """query [1, heads, rows, D], key and value [1, KV heads, rows, D]: [1, rows, heads, D]."""
         sliding = named.get("sliding_window") is not None
         output = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
-        together = self._many is not None and not sliding
-        if together and self._many is not None:
+        if self._many is not None:  # no layer's window is shorter than the context then
             self._many.attend(module.layer_idx, query, key, value, named["scaling"], output)
         for i, (part, masks) in enumerate(zip(self.parts, self._masks, strict=True)):
-            if together and i in self._singles:
+            if i in self._singles:
                 continue
             a, b = self.spans[i]
             layer = part.cache.layers[module.layer_idx]

@@ -17,7 +17,7 @@ from common.errors import MemoryShortageError, UsageError
 from engine.batch.attention import Part
 from engine.batch.passes import Passes
 from engine.batch.sequence import Owner, Sequence
-from engine.cache import make_cache, past, rounded
+from engine.cache import make_cache, past, rounded, windows_of
 from engine.generate import Stopped
 from engine.shortage import shortage
 
@@ -40,6 +40,7 @@ class Batch:
 
     def __init__(self, model: Any, passes: Passes, room: Room, most: int) -> None:
         self._config, self._device = model.config, model.device
+        self._windows = windows_of(model.config)
         self._passes, self._room, self.most = passes, room, most
         self._waiting: deque[Owner | Sequence] = deque()  # Sequences have been in before
         self._running: list[Sequence] = []  # who joined first is first
@@ -131,7 +132,9 @@ class Batch:
         cache, self._spare = self._spare, None
         config = self._config
         if cache is None:
-            return make_cache(config.num_hidden_layers, tokens, config.max_position_embeddings)
+            return make_cache(
+                config.num_hidden_layers, tokens, config.max_position_embeddings, self._windows
+            )
         for layer in past(cache):
             layer.reset()
             if layer.memory is None or layer.capacity < tokens:

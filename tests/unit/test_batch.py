@@ -17,7 +17,7 @@ from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.batch.attention import Part
 from engine.batch.batch import Batch
 from engine.batch.passes import Passes
-from engine.cache import make_cache
+from engine.cache import make_cache, windows_of
 from engine.generate import Answer, Generator, Request, Sampling, Stopped
 from engine.loop import Loop
 from engine.serve.jobs import Busy, Ended, Ending, Event, Failed, Job, Piece
@@ -242,7 +242,7 @@ def test_logits_are_those_of_a_sequence_alone(changes: dict[str, Any], attention
 
     alone = []
     for index in range(len(schedule)):
-        kept = make_cache(2, 1)
+        kept = make_cache(2, 1, windows=windows_of(model.config))
         with torch.no_grad():
             alone.append([
                 model(
@@ -252,7 +252,10 @@ def test_logits_are_those_of_a_sequence_alone(changes: dict[str, Any], attention
                 for part in parts(index, kept)
             ])  # fmt: skip
     passes = Passes(model)
-    todo = [parts(index, make_cache(2, 1)) for index in range(len(schedule))]
+    todo = [
+        parts(index, make_cache(2, 1, windows=windows_of(model.config)))
+        for index in range(len(schedule))
+    ]
     found: list[list[torch.Tensor]] = [[] for _ in schedule]
     for turn in range(10):
         now = [i for i, (_, delay) in enumerate(schedule) if delay <= turn and todo[i]]
