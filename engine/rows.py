@@ -40,14 +40,21 @@ class Rows:
 
 
 def divide(module: nn.Module, rows: Rows) -> None:
-    """Have a module that knows no rows but its own be called for each sequence."""
+    """Have a module that knows no rows but its own be called for each sequence, with that one's rows of
+    all tensors that it is given."""
     forward = module.forward
 
-    def by_sequence(*tensors: torch.Tensor, **named: Any) -> Any:
-        pieces = [rows.split(tensor) for tensor in tensors]
-        if len(pieces[0]) == 1:
-            return forward(*tensors, **named)
-        found = [forward(*piece, **named) for piece in zip(*pieces, strict=True)]
+    def by_sequence(*values: Any, **named: Any) -> Any:
+        given = [*values, *named.values()]
+        pieces = [rows.split(value) for value in given if isinstance(value, torch.Tensor)]
+        if not pieces or len(pieces[0]) == 1:
+            return forward(*values, **named)
+        found = []
+        for one in zip(*pieces, strict=True):
+            own = iter(one)
+            mine = [next(own) if isinstance(value, torch.Tensor) else value for value in given]
+            words = dict(zip(named, mine[len(values) :], strict=True))
+            found.append(forward(*mine[: len(values)], **words))
         if isinstance(found[0], torch.Tensor):
             return torch.cat(found, dim=1)
         return tuple(torch.cat(part, dim=1) for part in zip(*found, strict=True))

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import GenerationConfig, set_seed
 
 from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.batch.attention import Part
@@ -38,8 +39,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build(**changes: Any) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
+def build(family: str = "Qwen2", **changes: Any) -> Any:
+    config = getattr(transformers, f"{family}Config")(
         **{
             "hidden_size": 88, "intermediate_size": 212, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
@@ -49,7 +50,7 @@ def build(**changes: Any) -> Qwen2ForCausalLM:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = Qwen2ForCausalLM(config).eval()
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=0)
     return model
 
@@ -65,7 +66,7 @@ class Roomy:
 
 
 @cache
-def shared() -> tuple[Qwen2ForCausalLM, Generator, Passes]:
+def shared() -> tuple[Any, Generator, Passes]:
     model = build()
     generator = Generator(
         model, TokenIds(VOCABULARY), Sampling(), True, Loop(None, lambda call, _: call())
@@ -220,8 +221,10 @@ def test_the_end_of_a_text() -> None:
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
          "max_position_embeddings": 16},
+        {"family": "Qwen3", "head_dim": 32},
+        {"family": "Mistral", "sliding_window": 5},
     ],
-    ids=["wide", "sliding window", "positions by length"],
+    ids=["wide", "sliding window", "positions by length", "qwen3", "mistral"],
 )  # fmt: skip
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_are_those_of_a_sequence_alone(changes: dict[str, Any], attention: str) -> None:
