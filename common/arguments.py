@@ -175,9 +175,9 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
 
 def batch_asked(arguments: argparse.Namespace, many: bool) -> int:
     """How many sequences an engine takes at once. ``many``: whether it is to get several. UsageError."""
-    lookup = Speculate.parse(arguments.speculate).mode == "lookup"
-    batch = batch_of(arguments.batch, DEFAULT_BATCH if many and not lookup else 1)
-    if many and lookup and batch > 1:
+    candidates = Speculate.parse(arguments.speculate).mode not in ("auto", "off")
+    batch = batch_of(arguments.batch, DEFAULT_BATCH if many and not candidates else 1)
+    if many and candidates and batch > 1:
         raise UsageError(
             f"--batch {batch} and --speculate {arguments.speculate}: candidates are checked for one"
             " sequence at a time: leave out one of the two"

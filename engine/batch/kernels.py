@@ -15,12 +15,13 @@ import triton.language as tl
 TILE, TILES = 64, 4  # tokens at once; tiles of a chunk
 CHUNK = TILE * TILES
 ALIGNED = 8  # elements: 16 bytes
+WIDTHS = 16  # a table has room for a multiple of so many sequences
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _chunks_kernel(  # type: ignore[no-untyped-def]
     query, key, value, memory, places, rows, lengths, partial, peaks,
-    query_head, query_row, key_head, key_row, value_head, value_row, chunks, scale,
+    query_head, query_row, key_head, key_row, value_head, value_row, width, chunks, scale,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, KV: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -31,9 +32,9 @@ def _chunks_kernel(  # type: ignore[no-untyped-def]
     query    [KV GROUP, any, DIM]            bf16, fp16   by head and row, DIM contiguous
     key      [KV, any, DIM]                  bf16, fp16   likewise; value likewise
     memory   any                             bf16, fp16   what ``places`` count from
-    places   [3, sequences]                  int64        keys; values; from one head to the next: elements
-    rows     [sequences]                     int32        of the sequence's new token
-    lengths  [sequences]                     int32        of its past
+    places   [3, width]                      int64        keys; values; from one head to the next: elements
+    rows     [width]                         int32        of the sequence's new token
+    lengths  [width]                         int32        of its past
     partial  [sequences, KV, chunks, GROUP, DIM]  fp32    out: of each chunk, not yet divided
     peaks    [2, sequences, KV, chunks, GROUP]    fp32    out: the largest score; the sum of weights
     """
@@ -44,9 +45,9 @@ def _chunks_kernel(  # type: ignore[no-untyped-def]
     if start <= here:
         dim, lane = tl.arange(0, DIM), tl.arange(0, PADDED)
         row = tl.load(rows + one).to(tl.int64)
-        apart = tl.multiple_of(tl.load(places + 2 * count + one), ALIGNED) * head
+        apart = tl.multiple_of(tl.load(places + 2 * width + one), ALIGNED) * head
         keys = memory + tl.multiple_of(tl.load(places + one), ALIGNED) + apart
-        values = memory + tl.multiple_of(tl.load(places + count + one), ALIGNED) + apart
+        values = memory + tl.multiple_of(tl.load(places + width + one), ALIGNED) + apart
         real = (lane < GROUP)[:, None]
         q_at = query + row * query_row + ((head * GROUP + lane) * query_head)[:, None]
         q = tl.load(q_at + dim[None, :], mask=real, other=0.0)
@@ -126,19 +127,24 @@ class ManyPasts:
         _, self._kv, _, self._dim = memory.shape
         self._group = heads // self._kv
         base, size = memory.data_ptr(), memory.element_size()
+        self._count = len(lengths)
+        # Of each table every row begins at an aligned address, or kernels would be compiled again.
+        self._width = -(-self._count // WIDTHS) * WIDTHS
+        unused = [0] * (self._width - self._count)
         places = [
             [
-                [(keys.data_ptr() - base) // size for keys, _ in layer],
-                [(values.data_ptr() - base) // size for _, values in layer],
-                [keys.stride(1) for keys, _ in layer],
+                [(keys.data_ptr() - base) // size for keys, _ in layer] + unused,
+                [(values.data_ptr() - base) // size for _, values in layer] + unused,
+                [keys.stride(1) for keys, _ in layer] + unused,
             ]
             for layer in zip(*pasts, strict=True)
         ]
+        both = [[*rows, *unused], [*lengths, *unused]]
         device = memory.device
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
-        self._both = torch.tensor([rows, lengths], dtype=torch.int32, device=device)
+        self._both = torch.tensor(both, dtype=torch.int32, device=device)
         self._chunks = max(lengths) // CHUNK + 1
-        shape = (len(lengths), self._kv, self._chunks, self._group)
+        shape = (self._count, self._kv, self._chunks, self._group)
         self._partial = torch.empty((*shape, self._dim), dtype=torch.float32, device=device)
         self._peaks = torch.empty((2, *shape), dtype=torch.float32, device=device)
 
@@ -154,11 +160,11 @@ class ManyPasts:
         """query [1, heads, rows, DIM], key and value [1, KV heads, rows, DIM], DIM contiguous; results go
         to ``output`` [1, rows, heads, DIM], contiguous, keys and values to the caches."""
         rows, lengths = self._both
-        count, kv, dim, group = len(rows), self._kv, self._dim, self._group
+        count, kv, dim, group = self._count, self._kv, self._dim, self._group
         _chunks_kernel[(count, kv, self._chunks)](
             query, key, value, self._memory, self._places[layer], rows, lengths,
             self._partial, self._peaks, *query.stride()[1:3], *key.stride()[1:3],
-            *value.stride()[1:3], self._chunks, scale,
+            *value.stride()[1:3], self._width, self._chunks, scale,
             GROUP=group, PADDED=max(16, triton.next_power_of_2(group)), DIM=dim, KV=kv,
             TILE=TILE, TILES=TILES, ALIGNED=ALIGNED, num_warps=4,
         )  # fmt: skip
