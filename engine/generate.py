@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, set_seed
 
 from common.errors import UsageError
 from common.log import log
@@ -128,7 +128,7 @@ class Request:
     ids: list[int]
     config: GenerationConfig
     processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    criteria: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    criteria: StoppingCriteriaList
     seed: int | None
     answer: Answer
     _stream: _Stream

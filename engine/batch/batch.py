@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from common.errors import MemoryShortageError, UsageError
 from engine.batch.attention import Part
 from engine.batch.passes import Passes
-from engine.batch.sequence import Owner, Sequence
+from engine.batch.sequence import Owner, Sequence, Unread
 from engine.cache import make_cache, past, rounded, windows_of
 from engine.generate import Stopped
 from engine.shortage import shortage
@@ -45,6 +45,7 @@ class Batch:
         self._waiting: deque[Owner | Sequence] = deque()  # Sequences have been in before
         self._running: list[Sequence] = []  # who joined first is first
         self._spare: DynamicCache | None = None  # the memory of one that has left
+        self._ahead: tuple[list[Sequence], Unread] | None = None  # launched before it was needed
         self.passes = 0
 
     @property
@@ -69,18 +70,40 @@ class Batch:
         self._admit()
         if not self._running:
             return
+        chosen, unread = self._ahead or self._next_tokens()
+        self._ahead = None
+        self._look_ahead(chosen)
+        for sequence, (token, ended) in zip(chosen, unread.read(), strict=True):
+            self._put(sequence, token, bool(ended))
+
+    def _next_tokens(self) -> tuple[list[Sequence], Unread]:
         parts, logits = self._pass()
-        chosen = []
+        chosen, found = [], []
         for sequence, part, row in zip(list(self._running), parts, logits, strict=True):
             if sequence.passed(part):
-                found = self._choose(sequence, row)
-                if found is not None:
-                    chosen.append((sequence, found))
-        if chosen:
-            for (sequence, _), (token, ended) in zip(
-                chosen, torch.stack([found for _, found in chosen]).tolist(), strict=True
-            ):
-                self._put(sequence, token, bool(ended))
+                token = self._choose(sequence, row)
+                if token is not None:
+                    chosen.append(sequence)
+                    found.append(token)
+        return chosen, Unread(found)
+
+    def _look_ahead(self, chosen: list[Sequence]) -> None:
+        """Launch one token more before the last has been read, where that waits for no weight: so that a
+        GPU does not wait for the host. If the text ends there, it was for nothing."""
+        if len(chosen) != 1 or self._waiting or not self._passes.graphed:
+            return
+        (sequence,) = chosen
+        if self._running != [sequence] or not sequence.may_go_on:
+            return
+        assert sequence.cache is not None
+        try:
+            logits = self._passes.ahead(sequence.newest, sequence.cache)
+            found = self._passes.restfully(lambda: sequence.choose(logits))
+        except (MemoryShortageError, torch.OutOfMemoryError):
+            return  # the pass that is made instead will say so
+        sequence.advanced()
+        self.passes += 1
+        self._ahead = [sequence], Unread([found])
 
     # Joining and leaving -----------------------------------------------------------------------
 
@@ -153,6 +176,7 @@ class Batch:
 
     def _leave(self, sequence: Sequence, whole: bool) -> None:
         self._running.remove(sequence)
+        self._ahead = None  # it was the only one, or there is none
         self._spare = sequence.suspend()
         sequence.owner.done(sequence.request.conclude(whole))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from engine.batch.attention import Company, Part, taking_turns
 from engine.cache import reserve
@@ -46,19 +47,36 @@ class Passes:
             return self._together(parts)
         (part,) = parts
         ids = torch.tensor([part.ids], device=self._model.device)
-        step = self._step
-        if step is not None and step.useful and len(part.ids) == 1 and part.start:
-
-            def take() -> torch.Tensor:
-                reserve(part.cache, part.start + 1)
-                return step(ids, part.cache)
-
-            return [self.restfully(take, part.cache)]
+        if self._fused and len(part.ids) == 1 and part.start:
+            return [self.ahead(ids, part.cache)]
         self.rest()
         output = self._model(
             input_ids=ids, past_key_values=part.cache, use_cache=True, logits_to_keep=1
         )
         return [output.logits[:, -1]]
+
+    @torch.no_grad()
+    def ahead(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """The logits after one token, [1, 1], of a sequence that is alone, by the step: it need not have
+        been read."""
+        step = self._step
+        assert step is not None
+
+        def take() -> torch.Tensor:
+            reserve(cache, cache.get_seq_length() + 1)
+            return step(token, cache)
+
+        logits: torch.Tensor = self.restfully(take, cache)
+        return logits
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the last pass was one launch."""
+        return self._step is not None and self._step.graphed
+
+    @property
+    def _fused(self) -> bool:
+        return self._step is not None and self._step.useful
 
     def rest(self) -> None:
         """Give back what a step holds: who holds leases must not wait for others."""
@@ -80,8 +98,7 @@ class Passes:
     def _together(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         self.rest()
         model = self._model
-        fused = self._step is not None and self._step.useful
-        company: Company = self._survive(lambda: Company(model, parts, fused), None)
+        company: Company = self._survive(lambda: Company(model, parts, self._fused), None)
         ids = torch.tensor([[token for part in parts for token in part.ids]], device=model.device)
         last = torch.tensor([end - 1 for _, end in company.spans], device=model.device)
         lengths = [len(part.ids) for part in parts]

@@ -89,7 +89,43 @@ class Sequence:
         self._tokens = tokens
         return torch.cat([token.view(1), ended.view(1).to(token.dtype)])
 
+    @property
+    def newest(self) -> torch.Tensor:
+        """The token that was chosen last, [1, 1], read or not."""
+        return self._tokens[:, -1:]
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a token may follow the newest, by their number."""
+        longest = self.request.criteria.max_length
+        return longest is None or self._tokens.shape[1] < longest
+
+    def advanced(self) -> None:
+        """A pass was made over the newest token but one, before it was put."""
+        self._done += 1
+
     def put(self, token: int) -> None:
         """The token that was chosen. Raises Stopped if no more are wanted."""
         self.ids.append(token)
         self.request.put(token)
+
+
+class Unread:
+    """Tokens, and whether they end their texts, on their way to the host."""
+
+    def __init__(self, found: list[torch.Tensor]) -> None:
+        """``found``: of each sequence, as `Sequence.choose` gives it."""
+        self._all = torch.stack(found) if found else torch.zeros((0, 2), dtype=torch.int64)
+        self._event: torch.cuda.Event | None = None
+        if self._all.is_cuda:
+            read = torch.empty(self._all.shape, dtype=self._all.dtype, pin_memory=True)
+            self._all = read.copy_(self._all, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[list[int]]:
+        """Token and 1 or 0 of each; waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[list[int]] = self._all.tolist()
+        return found

@@ -198,6 +198,58 @@ def test_a_seed_gives_the_same_text_in_company(words: dict[str, Any]) -> None:
     assert askers[0].ids != askers[-1].ids
 
 
+class Eager:
+    """Takes the tokens of a sequence that is alone as a step does, by the model itself; ``graphed``, so
+    that tokens are launched ahead."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.lengths: list[int] = []
+        self.graphed = False
+
+    @property
+    def useful(self) -> bool:
+        """The kernels for several are none for the CPU."""
+        return self.batch is not None and self.batch.running == 1
+
+    def __call__(self, token: torch.Tensor, kept: Any) -> torch.Tensor:
+        self.lengths.append(kept.get_seq_length())
+        self.graphed = True
+        output = shared()[0](input_ids=token, past_key_values=kept, use_cache=True)
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def rest(self) -> None:
+        self.graphed = False
+
+
+@pytest.mark.parametrize("joins", [None, 1, 2, 5, 9, 14])
+def test_tokens_launched_ahead(joins: int | None) -> None:
+    """By one that is alone; another joins after so many turns and leaves after some."""
+    step: Any = Eager()
+    batch = Batch(shared()[0], Passes(shared()[0], step), Roomy(), 2)
+    step.batch = batch
+    whole = expected(PROMPTS[0], LONGEST, do_sample=False)
+    first, second = greedy(0), greedy(1, 3)
+    sampling = Sampling(max_new_tokens=9, seed=2, temperature=1.0)
+    third = Asker(PROMPTS[2], sampling, leave=4, raises=bool(joins and joins % 2))
+    batch.add(first)
+    for turn in range(60):
+        if turn == joins:
+            batch.add(second)
+        batch.turn()
+    assert first.ids == whole
+    if joins is None:
+        # One pass for each token but the first, and none in vain.
+        assert step.lengths == [len(PROMPTS[0]) + made for made in range(LONGEST - 1)]
+    else:
+        assert second.ids == expected(PROMPTS[1], LONGEST, do_sample=False)[:3]
+    run(batch, third)
+    assert third.ids == expected(third.prompt, 9, 2, do_sample=True, temperature=1.0)[:4]
+    last = greedy(3)
+    run(batch, last)  # what was launched in vain is forgotten
+    assert last.ids == expected(PROMPTS[3], LONGEST, do_sample=False)
+
+
 def test_the_end_of_a_text() -> None:
     whole = expected(PROMPTS[0], LONGEST, do_sample=False)
     last = whole[9]
@@ -301,6 +353,8 @@ def test_who_finds_no_room_waits() -> None:
 
 class Short:
     """Passes that run out of memory now and then, having done half of their work."""
+
+    graphed = False
 
     def __init__(self, most: int) -> None:
         self.most, self.failures = most, 0
