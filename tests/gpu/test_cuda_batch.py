@@ -133,3 +133,33 @@ def test_swaps_change_no_text(room: Room, store: Path, monkeypatch: pytest.Monke
         undisturbed = answers(False)
         assert answers(True) == undisturbed
         assert len({tuple(ids) for ids in undisturbed}) == 16
+
+
+@pytest.mark.parametrize("cache_flag", ["-1", "5"])
+def test_one_alone_is_answered_as_without_a_batch(room: Room, store: Path, cache_flag: str) -> None:
+    """By the same kernels, with a graph and without; also after others were there."""
+    flags = ("--device=cuda", "--dtype=bfloat16", f"--cache={cache_flag}", "--slots=packed")
+    with fed.model(room, store, *flags) as (model, it):
+        keeper = MemoryKeeper(model, it.client, it.memory)
+        step = Step(model, it.client)
+        generator = Generator(
+            model, TokenIds(320), Sampling(), True, Loop(step, keeper.survive), keeper.chunk
+        )
+        batch = Batch(model, Passes(model, step, keeper.survive), keeper, 16)
+        for seed in range(4):
+            how = Sampling(max_new_tokens=50, seed=seed, temperature=1)
+            prompt = [seed + 1, 44, 3, 2]
+            alone = generator.answer(prompt, lambda text: None, sampling=how).ids
+            owners = [Owner(generator, prompt, how)]
+            batch.add(owners[0])
+            while not batch.idle:
+                batch.turn()
+            batch.rest()
+            assert owners[0].ids == alone
+            others = [Owner(generator, [n, n], Sampling(max_new_tokens=5)) for n in range(3, 8)]
+            for other in others:
+                batch.add(other)
+            while not batch.idle:
+                batch.turn()
+            batch.rest()
+            assert all(len(other.ids) == 5 for other in others)
