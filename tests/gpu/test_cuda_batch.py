@@ -162,4 +162,4 @@ def test_one_alone_is_answered_as_without_a_batch(room: Room, store: Path, cache
             while not batch.idle:
                 batch.turn()
             batch.rest()
-            assert all(len(other.ids) == 5 for other in others)
+            assert all(1 <= len(other.ids) <= 5 for other in others)
