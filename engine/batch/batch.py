@@ -132,10 +132,14 @@ class Batch:
 
     def _fits(self, tokens: int, rows: int) -> bool:
         sequences = len(self._running) + 1
-        if self._room.fits(rounded(tokens + 1), rows, sequences):
+        # Those that have just joined take their memory in the pass.
+        firsts = [past(one.cache)[0] for one in self._running if one.cache is not None]
+        kept = sum(layer.capacity for layer in firsts if layer.memory is None)
+        kept += rounded(tokens + 1)
+        if self._room.fits(kept, rows, sequences):
             return True
         self._spare = None  # then at least the memory of those that have left serves again
-        return self._room.fits(rounded(tokens + 1), rows, sequences)
+        return self._room.fits(kept, rows, sequences)
 
     def _next(self) -> Sequence | None:
         """Who is to join next, still among those that wait; None if that cannot be answered."""
@@ -168,11 +172,12 @@ class Batch:
         for sequence in list(self._running):
             if not sequence.owner.wanted:
                 self._leave(sequence, whole=False)
-        for one in list(self._waiting):
-            if not _owner(one).wanted:
-                self._waiting.remove(one)
-                if isinstance(one, Sequence):
-                    one.owner.done(one.request.conclude(whole=False))
+        waiting, self._waiting = self._waiting, deque()
+        for one in waiting:
+            if _owner(one).wanted:
+                self._waiting.append(one)
+            elif isinstance(one, Sequence):
+                one.owner.done(one.request.conclude(whole=False))
 
     def _leave(self, sequence: Sequence, whole: bool) -> None:
         self._running.remove(sequence)

@@ -351,6 +351,25 @@ def test_who_finds_no_room_waits() -> None:
         assert asker.ids == expected(asker.prompt, LONGEST, do_sample=False)[:5]
 
 
+def test_room_is_counted_for_all_that_join() -> None:
+    """Also for those whose caches are not there yet."""
+
+    class Counting(Roomy):
+        def fits(self, tokens: int, rows: int, sequences: int) -> bool:
+            return tokens <= 3 * 256
+
+    batch = Batch(shared()[0], shared()[2], Counting(), 8)
+    askers = [greedy(index, 5) for index in range(6)]
+    for asker in askers:
+        batch.add(asker)
+    batch.turn()
+    assert batch.running == 3
+    batch.turn()  # and now those have theirs
+    assert batch.running == 6
+    run(batch)
+    assert [len(asker.ids) for asker in askers] == [5] * 6
+
+
 class Short:
     """Passes that run out of memory now and then, having done half of their work."""
 
