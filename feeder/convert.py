@@ -62,7 +62,12 @@ class Tally:
                 f", {self.again / count:.1%} quantized again by {method}, since the store's format"
             )
             line += " cannot hold them"
-        return f"{line}; relative error of these weights {self.error:.2g}"
+        line += f"; relative error of these weights {self.error:.2g}"
+        if self.again:
+            line += (
+                "; if that is too much, use the original checkpoint: docs/checkpoints.md says when"
+            )
+        return line
 
 
 def pack(

@@ -41,7 +41,7 @@ class Awq:
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
         """Raises CheckpointError for settings that are not understood."""
-        require(settings, where, "bits" if "bits" in settings else "w_bit", 4, default=None)
+        require(settings, where, "w_bit" if "w_bit" in settings else "bits", 4, default=None)
         version = settings.get("version", settings.get("format", "gemm"))
         require(settings, where, "backend", "autoawq", "auto", None, default=None)
         if not isinstance(version, str) or version.lower() != "gemm":

@@ -45,6 +45,7 @@ class GgufFile:
         self.path = path
         check_header(path)
         try:
+            import numpy
             from gguf import GGUFReader
         except ImportError:
             raise CheckpointError(
@@ -52,8 +53,9 @@ class GgufFile:
                 "run python -m pip install gguf"
             ) from None
         try:
-            reader = GGUFReader(path)
-        except (KeyError, IndexError, ValueError, TypeError, OverflowError, OSError) as error:
+            with numpy.errstate(over="raise"):
+                reader = GGUFReader(path)
+        except (LookupError, ValueError, TypeError, ArithmeticError, OSError) as error:
             raise CheckpointError(
                 f"{path} is no GGUF file that can be read: {str(error)[:200]}; fetch it again"
             ) from error

@@ -9,5 +9,7 @@ PER_WORD = 8
 
 def nibbles(words: torch.Tensor) -> torch.Tensor:
     """int32 [..., n] to uint8 [..., 8 n]: the numbers 0 to 15 of each word, from its lowest bits up."""
-    octets = words.reshape(-1).contiguous().view(torch.uint8)  # little endian: the lowest byte first
+    octets = (
+        words.reshape(-1).contiguous().view(torch.uint8)
+    )  # little endian: the lowest byte first
     return torch.stack((octets & 15, octets >> 4), dim=-1).view(*words.shape[:-1], -1)
