@@ -5,7 +5,7 @@ checkpoint.
 
 A block keeps its integers if all of it has one scale and they lie in -8...7, or in -7...8: then they are
 stored negated, and so is the scale. Its scale is rounded to bf16, which is exact for a bf16 scale and moves
-an fp16 one by 2**-9 of it at most. Any other block is dequantized and quantized again.
+an fp16 one by 2**-8 of it at most. Any other block is dequantized and quantized again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,20 @@ class Tally:
         """Root of the sum of squared differences over that of squared values."""
         return (self.squared_error / self.squared) ** 0.5 if self.squared else 0.0
 
-    def compare(self, values: torch.Tensor, stored: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Add what `stored`, codes and scales of the format, makes of `values`, floats [n]."""
+    def keep(self, codes: torch.Tensor, source: torch.Tensor, stored: torch.Tensor) -> None:
+        """Count blocks that keep their codes [G, 128], by their scales in the source and in the store [G]."""
+        exact = int((stored.float() == source).sum())
+        self.exact += exact
+        self.rounded += len(codes) - exact
+        squares = codes.float().square_().sum(dim=1).double()
+        self.squared += float((squares * source.double().square()).sum())
+        self.squared_error += float((squares * (stored.double() - source.double()).square()).sum())
+
+    def requantize(self, values: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Count the blocks of `values`, floats [n], of which codes and scales `packed` were made."""
         values = values.float()
-        found = int4.dequantize(*stored, values.shape, torch.float32)
+        found = int4.dequantize(*packed, values.shape, torch.float32)
+        self.again += scale_count(len(values))
         self.squared += float(values.square().sum(dtype=torch.float64))
         self.squared_error += float((found - values).square().sum(dtype=torch.float64))
 
@@ -81,8 +91,7 @@ def pack(
         return convert(piece, rule, tally or Tally())
     packed = int4.quantize(piece.to(device), rule)
     if tally is not None:
-        tally.again += scale_count(piece.numel())
-        tally.compare(piece.to(device), packed)
+        tally.requantize(piece.to(device), packed)
     return packed
 
 
@@ -102,20 +111,14 @@ def convert(piece: Grouped, rule: Rule, tally: Tally) -> tuple[torch.Tensor, tor
     stored = source.to(torch.bfloat16)
     if not bool(stored[kept].isfinite().all()):
         raise ValueError("found a scale that is NaN or Inf (as bfloat16), expected finite ones")
+    tally.keep(codes[kept], source[kept], stored[kept])
     again = (~kept).nonzero().view(-1)
     if len(again):
-        run = BLOCK // scales.shape[1]
-        values = integers[again].view(len(again), -1, run) * scales[again, :, None]
+        values = integers[again].view(len(again), scales.shape[1], -1) * scales[again, :, None]
         packed, stored[again] = int4.quantize(values.view(-1), rule)
         codes[again] = int4.unpack(packed, len(again) * BLOCK).view(-1, BLOCK)
-    exact = int((kept & (stored.float() == source)).sum())
-    tally.exact += exact
-    tally.again += len(again)
-    tally.rounded += len(codes) - exact - len(again)
-    elements = piece.numel()
-    packed = int4.pack(codes.view(-1)[:elements])
-    tally.compare(piece.values(), (packed, stored))
-    return packed, stored
+        tally.requantize(values.view(-1), (packed, stored[again]))
+    return int4.pack(codes.view(-1)[: piece.numel()]), stored
 
 
 def _blocks(piece: Grouped) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,6 +111,12 @@ def _refuse_variants(keys: Keys, prefix: str) -> None:
 
 
 def _rope(keys: Keys, prefix: str, factors: list[float] | None, head_dim: int) -> dict[str, Any]:
+    rotated = keys(f"{prefix}.rope.dimension_count")
+    if rotated not in (None, head_dim):
+        raise ConfigError(
+            f"{prefix}.rope.dimension_count is {rotated!r:.40}, expected all {head_dim} columns of a "
+            "head; such models are not supported"
+        )
     theta = _number(keys, f"{prefix}.rope.freq_base", 10000.0)
     kind = keys(f"{prefix}.rope.scaling.type")
     if factors is not None:

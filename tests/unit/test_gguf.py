@@ -234,6 +234,10 @@ def test_llama_3_rope_is_recognized_by_its_factors(factor: float) -> None:
             "llama.block_count is None, expected a positive whole number",
         ),
         ({"llama.attention.head_count": [1, 2]}, r"head_count is \[1, 2\], expected a positive"),
+        (
+            {"llama.rope.dimension_count": 8},
+            "dimension_count is 8, expected all 16 columns of a head",
+        ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, expected none"),
         ({"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope', expected none, lin"),
         ({"llama.rope.freq_base": -1.0}, "freq_base is -1.0, expected a number above 0"),
