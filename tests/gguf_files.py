@@ -50,11 +50,14 @@ def write_gguf(
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
     for key, value in (keys or {}).items():
         _add(writer, key, value)
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    arch = gguf.MODEL_ARCH[architecture.upper()]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     values = {}
     for name, tensor in load_tensors(checkpoint).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
