@@ -57,7 +57,7 @@ class GgufFile:
                 reader = GGUFReader(path)
         except (LookupError, ValueError, TypeError, ArithmeticError, OSError) as error:
             raise CheckpointError(
-                f"{path} is no GGUF file that can be read: {str(error)[:200]}; fetch it again"
+                f"{path} is no GGUF file that can be read: {one_line(error)}; fetch it again"
             ) from error
         self._fields = reader.fields
         self.tensors = {}
@@ -69,7 +69,7 @@ class GgufFile:
             )
             if tensor.offset + tensor.bytes > file_bytes:
                 raise CheckpointError(
-                    f"{path} is truncated: it has {file_bytes} bytes, {tensor.name} ends at "
+                    f"{path} is truncated: it has {file_bytes} bytes, {tensor.name!r:.80} ends at "
                     f"{tensor.offset + tensor.bytes}; fetch it again"
                 )
             self._require_known(tensor)
@@ -81,7 +81,7 @@ class GgufFile:
         try:
             return None if field is None else field.contents()
         except (IndexError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {name}: {str(error)[:200]}") from error
+            raise CheckpointError(f"{self.path}: {name}: {one_line(error)}") from error
 
     def decode(
         self, tensor: GgufTensor, raw: torch.Tensor, device: torch.device
@@ -115,9 +115,15 @@ class GgufFile:
             _dequantized(numpy.zeros(block_sizes(tensor.type)[1], dtype=numpy.uint8), tensor.type)
         except NotImplementedError:
             raise CheckpointError(
-                f"{self.path}: {tensor.name} is stored as {tensor.type}, which the package gguf cannot "
+                f"{self.path}: {tensor.name!r:.80} is stored as {tensor.type}, which the package gguf cannot "
                 "dequantize; use a file of Q4_0, Q8_0 or a K-quant"
             ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What a library said of a file, which may quote the file: the beginning, on one line."""
+    words = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
 
 
 def block_sizes(kind: str) -> tuple[int, int]:

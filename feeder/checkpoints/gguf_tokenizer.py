@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.checkpoint import companion_files
 from common.log import log
+from feeder.checkpoints.gguf_file import one_line
 
 
 def save_tokenizer(file: Path, scratch: Path) -> list[Path]:
@@ -27,7 +28,7 @@ def save_tokenizer(file: Path, scratch: Path) -> list[Path]:
         log.warning(
             "%s: transformers cannot make a tokenizer of it (%s: %s): prompts have to be token ids; or"
             " put the file into a directory of its own with the model's tokenizer.json, and name that",
-            file.name, type(error).__name__, str(error).strip().split("\n")[0][:200],
+            file.name, type(error).__name__, one_line(error),
         )  # fmt: skip
         return []
     return companion_files(scratch)

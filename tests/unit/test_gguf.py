@@ -308,6 +308,10 @@ HOSTILE = {
         head(0, 2) + 2 * (text("a") + struct.pack("<IB", 0, 1)) + bytes(99),
         "is no GGUF file that can be read: .*Duplicate a already",
     ),
+    "a key of two lines, twice": (
+        head(0, 2) + 2 * (text("a\nb\x1b") + struct.pack("<IB", 0, 1)) + bytes(99),
+        "is no GGUF file that can be read: .*Duplicate a",
+    ),
     "tensor past the end": (
         head(1, 0) + text("a") + struct.pack("<IQIQ", 1, 1 << 20, 0, 0) + bytes(99),
         "is no GGUF file that can be read",
@@ -361,5 +365,8 @@ def test_types_that_nothing_can_dequantize(tmp_path: Path) -> None:
     entry = struct.pack("<IQIQ", 1, 32, Type.Q8_1, 0)
     data = head(1, 0) + text("token_embd.weight") + entry
     (tmp_path / "x.gguf").write_bytes(data + bytes(200))
-    with pytest.raises(CheckpointError, match="is stored as Q8_1, which the package gguf cannot"):
+    with pytest.raises(
+        CheckpointError,
+        match="'token_embd.weight' is stored as Q8_1, which the package gguf cannot",
+    ):
         GgufFile(tmp_path / "x.gguf")
