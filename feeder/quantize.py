@@ -70,7 +70,10 @@ def quantize_checkpoint(
     chosen = choose_device(device)
     tally = Tally()
     if source.note:
-        log.info("%s: %s checkpoint: %s", model_dir, source.kind, source.note)
+        log.info(
+            "%s: %s checkpoint: %s; what a store cannot hold of it is quantized again by %s",
+            model_dir, source.kind, source.note, method,
+        )  # fmt: skip
     with ExitStack() as stack:
         scratch = stack.enter_context(TemporaryDirectory(prefix="weight-feeder-"))
         writer = StoreWriter(

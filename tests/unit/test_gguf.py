@@ -26,6 +26,7 @@ from feeder.checkpoints.gguf_config import build_config
 from feeder.checkpoints.gguf_file import GgufFile
 from feeder.checkpoints.gguf_names import unpaired
 from feeder.checkpoints.recognize import model_config, open_source
+from feeder.doctor.__main__ import model_bytes
 from feeder.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import Quantize, all_as, write_gguf
@@ -92,6 +93,7 @@ def test_the_store_is_made_of_what_the_package_dequantizes(
         assert kept.dtype == kept_as
         assert found.equal(expected.to(found.dtype))
     assert not values
+    assert model_bytes(str(file)) == store.packed_bytes
     assert store.dtype == "bfloat16"
     assert ("converted from gguf: " in caplog.text) == (name in ("Q4_0", "Q8_0", "mixed"))
 
