@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from common.checkpoint import INDEX_FILE, companion_files, weight_files
-from common.checkpoint_kind import gguf_file
+from common.checkpoint_kind import gguf_files
 from common.errors import CheckpointError
 from common.safetensors_file import MAX_HEADER_BYTES
 from common.store_index import CONFIG_FILE, FORMAT_VERSION
@@ -49,9 +49,9 @@ def checkpoint_fingerprint(model_dir: Path | str) -> str:
 
 def _files(path: Path) -> list[Path]:
     """All that a store is made of."""
-    gguf = gguf_file(path)
-    if gguf is not None:
-        return [gguf, *(companion_files(path) if path.is_dir() else ())]
+    gguf = gguf_files(path)
+    if gguf:
+        return [*gguf, *(companion_files(path) if path.is_dir() else ())]
     files = [path / CONFIG_FILE, *companion_files(path), *weight_files(path)]
     others = (path / name for name in (INDEX_FILE, *_SETTINGS))
     return [*files, *(other for other in others if other.exists())]

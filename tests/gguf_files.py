@@ -37,11 +37,12 @@ def write_gguf(
     keys: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     tokenizer: Path | None = None,
+    part_tensors: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint as a GGUF file; returns the values of its tensors by their Hugging Face names, as
-    the package dequantizes them."""
+    the package dequantizes them. part_tensors: how many each part has, if the file is to be in parts."""
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

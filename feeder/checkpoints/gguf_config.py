@@ -97,11 +97,6 @@ def build_config(
 
 
 def _refuse_variants(keys: Keys, prefix: str) -> None:
-    if keys("split.count") not in (None, 0, 1):
-        raise ConfigError(
-            f"it is one of {keys('split.count')} parts, expected a whole model; "
-            "join them with llama.cpp's llama-gguf-split --merge"
-        )
     for name in ("expert_count", "attention.sliding_window"):
         if keys(f"{prefix}.{name}"):
             raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from common.checkpoint import EMBEDDING
 from common.errors import CheckpointError, ConfigError
 from common.qwen2 import expected_tensors, validate_config
 from feeder.checkpoints.gguf_config import architecture_of, build_config
-from feeder.checkpoints.gguf_file import GgufFile, GgufTensor, block_sizes
+from feeder.checkpoints.gguf_file import GgufFile, GgufTensor, block_sizes, decode
 from feeder.checkpoints.gguf_names import ROPE_FACTORS, hugging_face_name, unpaired
 from feeder.checkpoints.source import Grouped, Part
 
@@ -34,13 +34,14 @@ class GgufSource:
 
     kind = "gguf"
 
-    def __init__(self, path: Path, beside: Path | None = None) -> None:
-        """beside: a directory whose tokenizer files are to be used if the file's own cannot be.
+    def __init__(self, paths: Sequence[Path], beside: Path | None = None) -> None:
+        """paths: the file, or its parts in order. beside: a directory whose tokenizer files are to be
+        used if the file's own cannot be.
 
         Raises ConfigError or CheckpointError, in one line.
         """
-        self._file = GgufFile(path)
-        self._path, self._beside = path, beside
+        self._file, self._beside = GgufFile(paths), beside
+        path = self._file.path
         self._tensors = _named(self._file)
         self.config = _config(self._file, self._tensors)
         self._pairs = architecture_of(self._file.key).pairs
@@ -64,7 +65,7 @@ class GgufSource:
         return ", ".join(f"{count} weights in {kind}" for kind, count in types.most_common())
 
     def parts(self) -> list[Part]:
-        ordered = sorted(self._tensors.items(), key=lambda entry: entry[1].offset)
+        ordered = sorted(self._tensors.items(), key=lambda entry: (entry[1].file, entry[1].offset))
         return [
             Part(name, t.shape, _KEPT.get(t.type, "BF16"), t.bytes, not t.is_values)
             for name, t in ordered
@@ -76,7 +77,7 @@ class GgufSource:
         tensor = self._tensors[name]
         linear = name.removesuffix(".weight") in self._linear
         for raw in self._raw(name, tensor):
-            piece = self._file.decode(tensor, raw, device)
+            piece = decode(tensor, raw, device)
             if not linear and not tensor.is_values:
                 values = piece.values().cpu() if isinstance(piece, Grouped) else piece
                 piece = values.to(torch.bfloat16)
@@ -85,7 +86,7 @@ class GgufSource:
     def companions(self, scratch: Path) -> list[Path]:
         from feeder.checkpoints.gguf_tokenizer import save_tokenizer
 
-        found = save_tokenizer(self._path, scratch)
+        found = save_tokenizer(self._file.path, scratch)
         if not found and self._beside is not None:
             found = files.companion_files(self._beside)
         generation = scratch / "generation_config.json"
@@ -110,13 +111,13 @@ class GgufSource:
         step = _PIECE_ELEMENTS // elements * size_bytes
         if heads:  # q and k are small: whole
             whole = torch.empty(tensor.bytes, dtype=torch.uint8)
-            files.read_bytes(self._path, tensor.offset, whole.numpy().data)
+            files.read_bytes(tensor.file, tensor.offset, whole.numpy().data)
             yield from unpaired(whole.view(tensor.shape[0], -1), heads).view(-1).split(step)
             return
         buffer = torch.empty(min(step, tensor.bytes), dtype=torch.uint8)
         for first in range(0, tensor.bytes, step):
             piece = buffer[: tensor.bytes - first]
-            files.read_bytes(self._path, tensor.offset + first, piece.numpy().data, step)
+            files.read_bytes(tensor.file, tensor.offset + first, piece.numpy().data, step)
             yield piece
 
     def _heads(self, name: str) -> int:
@@ -129,9 +130,12 @@ class GgufSource:
         return int(self.config["num_key_value_heads"]) if stem.endswith("k_proj") else 0
 
 
-def read_gguf_config(path: Path) -> dict[str, Any]:
-    """The config of the model in a GGUF file. Raises ConfigError or CheckpointError. No torch."""
-    file = GgufFile(path)
+def read_gguf_config(paths: Sequence[Path]) -> dict[str, Any]:
+    """The config of the model in a GGUF file, or its parts in order. No torch.
+
+    Raises ConfigError or CheckpointError.
+    """
+    file = GgufFile(paths)
     return _config(file, _named(file))
 
 
@@ -181,5 +185,5 @@ def _rope_factors(file: GgufFile) -> list[float] | None:
             "number for two columns of a head"
         )
     raw = bytearray(tensor.bytes)
-    files.read_bytes(file.path, tensor.offset, memoryview(raw))
+    files.read_bytes(tensor.file, tensor.offset, memoryview(raw))
     return [float(factor) for factor in memoryview(raw).cast("f")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import read_config
-from common.checkpoint_kind import gguf_file
+from common.checkpoint_kind import gguf_files
 from common.errors import CheckpointError
 from common.store_index import CONFIG_FILE
 from common.strict_json import read_object
@@ -23,11 +23,11 @@ _KINDS = ("gptq", "awq", "compressed-tensors")
 
 def open_source(path: Path) -> Source:
     """Open what lies at `path`: a directory, or a GGUF file. Raises ConfigError or CheckpointError."""
-    file = gguf_file(path)
-    if file is not None:
+    parts = gguf_files(path)
+    if parts:
         from feeder.checkpoints.gguf_source import GgufSource
 
-        return GgufSource(file, path if path.is_dir() else None)
+        return GgufSource(parts, path if path.is_dir() else None)
     config = read_config(path)
     kind, settings, where = _settings(path, config)
     if not kind:
@@ -55,12 +55,12 @@ def open_source(path: Path) -> Source:
 
 def model_config(path: Path) -> dict[str, Any]:
     """The config of the model at `path`, without opening the rest. Raises as `open_source` does."""
-    file = gguf_file(path)
-    if file is None:
+    parts = gguf_files(path)
+    if not parts:
         return read_config(path)
     from feeder.checkpoints.gguf_source import read_gguf_config
 
-    return read_gguf_config(file)
+    return read_gguf_config(parts)
 
 
 def _settings(path: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:

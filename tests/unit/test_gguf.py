@@ -243,7 +243,6 @@ def test_llama_3_rope_is_recognized_by_its_factors(factor: float) -> None:
         ({"llama.expert_count": 8}, "llama.expert_count is 8, expected none"),
         ({"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope', expected none, lin"),
         ({"llama.rope.freq_base": -1.0}, "freq_base is -1.0, expected a number above 0"),
-        ({"split.count": 3}, "it is one of 3 parts, expected a whole model; join them"),
     ],
 )
 def test_keys_that_are_not_understood(keys: dict[str, Any], match: str) -> None:
@@ -371,4 +370,46 @@ def test_types_that_nothing_can_dequantize(tmp_path: Path) -> None:
         CheckpointError,
         match="'token_embd.weight' is stored as Q8_1, which the package gguf cannot",
     ):
-        GgufFile(tmp_path / "x.gguf")
+        GgufFile([tmp_path / "x.gguf"])
+
+
+# Files in parts
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    checkpoint = make_checkpoint(tmp_path / "model", **(SIZES | {"layers": 1}))
+    (tmp_path / "parts").mkdir()
+    write_gguf(tmp_path / "parts" / "x.gguf", checkpoint, all_as(Type.Q8_0), part_tensors=6)
+    write_gguf(tmp_path / "whole.gguf", checkpoint, all_as(Type.Q8_0))
+    return sorted((tmp_path / "parts").iterdir())
+
+
+def test_parts_are_one_model(tmp_path: Path, parts: list[Path]) -> None:
+    assert [part.name for part in parts] == [f"x-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    stores = [
+        quantize_checkpoint(path, tmp_path / f"store-{number}", "cpu", progress=False)
+        for number, path in enumerate([tmp_path / "whole.gguf", parts[1], tmp_path / "parts"])
+    ]
+    assert len({store.fingerprint for store in stores}) == 1
+    assert stores[1].source_fingerprint == stores[2].source_fingerprint
+    before = checkpoint_fingerprint(parts[0])
+    parts[2].write_bytes(parts[2].read_bytes()[:-1] + b"x")
+    assert checkpoint_fingerprint(parts[0]) != before
+
+
+def test_parts_that_do_not_belong_together(parts: list[Path]) -> None:
+    swapped = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(
+        CheckpointError, match="is part 2 of 3 by its keys, counted from 0, expected 1"
+    ):
+        open_source(parts[0])
+    parts[1].write_bytes(swapped)
+    alone = parts[0].rename(parts[0].with_name("alone.gguf"))
+    with pytest.raises(CheckpointError, match="is part 0 of 3 by its keys"):
+        open_source(alone)
+    with pytest.raises(CheckpointError, match="x-00001-of-00003.gguf is missing, expected all 3"):
+        open_source(parts[2])
+    with pytest.raises(CheckpointError, match="has 3 GGUF files, expected one"):
+        open_source(alone.parent)
