@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from common.errors import ConfigError
 from common.families import (
     FAMILIES,
+    attention_widths,
     expected_tensors,
     family_of,
     is_tied,
@@ -52,7 +53,8 @@ def test_table_is_that_of_transformers(name: str) -> None:
     validate_config(config)
     linear, residents = expected_tensors(config)
     made = theirs(config)
-    assert windows(config) == windows_of(made)
+    assert windows(config) == windows_of(made) == windows(made.to_dict())
+    assert attention_widths(config) == attention_widths(made.to_dict())  # as an engine has it
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(made)
     assert type(model).__name__ == family_of(config).architecture
