@@ -28,10 +28,10 @@ from common.checksum import as_bytes
 from common.config import format_bytes
 from common.entry import run_process
 from common.errors import CheckpointError, MemoryShortageError, UsageError
+from common.families import expected_tensors, is_tied
 from common.log import log
 from common.process import Leash, Terminated
 from common.progress import progress as show_progress
-from common.qwen2 import expected_tensors, is_tied
 from common.store import Store, StoreWriter
 from feeder import methods
 from feeder.checkpoints.recognize import open_source

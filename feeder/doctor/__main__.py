@@ -12,7 +12,7 @@ from common.arguments import Parser
 from common.blocks import packed_bytes
 from common.checkpoint_kind import is_checkpoint
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, UsageError, WeightFeederError
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from common.store import Store
 from feeder.checkpoints.recognize import model_config
 from feeder.doctor import device, host, sharing, software
