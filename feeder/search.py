@@ -29,6 +29,14 @@ def weighted(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return joined([_search(part, size_weights) for part in in_parts(blocks)])
 
 
+def under_weights(
+    blocks: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the squared error that is weighted by ``weights``, fp32 [G, 128], none negative."""
+    parts = zip(in_parts(blocks), in_parts(weights), strict=True)
+    return joined([_search(part, lambda _, given=given: given) for part, given in parts])
+
+
 def size_weights(values: torch.Tensor) -> torch.Tensor:
     """How much the squared error of each value counts: its magnitude, plus its block's root mean
     square. values fp32 [G, 128]; measured against other shares of the two in docs/quality.md."""
