@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common import store_json
 from common.checksum import checksum
 from common.errors import StoreCorruptError, StoreError
+from common.quality import Quality
 from common.safetensors_file import Header, SafetensorsError, TensorSpec, read_header
 from common.store_index import (
     CONFIG_FILE,
@@ -62,6 +63,7 @@ class Store:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     method: str | None = None  # how the weights were quantized, if the index says so
+    quality: Quality | None = None  # against the original, if it was measured
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
@@ -99,6 +101,7 @@ class Store:
             weights=index.weights,
             residents=index.residents,
             method=index.method,
+            quality=index.quality,
         )
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from common.blocks import code_bytes, scale_count
+from common.quality import Quality
 from common.qwen2 import model_dtype
 from common.safetensors_file import TensorSpec
 
@@ -67,6 +68,7 @@ class Index:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     method: str | None = None
+    quality: Quality | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.errors import ConfigError, StoreError
+from common.quality import Quality
 from common.qwen2 import expected_tensors, is_tied, validate_config
 from common.safetensors_file import DTYPE_BYTES
 from common.store_index import (
@@ -39,6 +40,7 @@ def to_json(index: Index) -> dict[str, Any]:
         "tied": index.tied,
         "block": BLOCK,
         **({} if index.method is None else {"method": index.method}),
+        **({} if index.quality is None else {"quality": index.quality.as_json()}),
         "weights": [
             {
                 "name": entry.name,
@@ -102,8 +104,18 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
         raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
-        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method
-    )
+        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
+        _parse_quality(data),
+    )  # fmt: skip
+
+
+def _parse_quality(data: dict[str, Any]) -> Quality | None:
+    if data.get("quality") is None:
+        return None
+    try:
+        return Quality.parse(data["quality"])
+    except ValueError as error:
+        raise StoreError(f"quality: {error}") from error
 
 
 def _require(data: dict[str, Any], key: str, expected: Any) -> None:

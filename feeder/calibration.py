@@ -8,6 +8,7 @@ Hessians of its inputs, and what quantizing a weight takes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -74,9 +75,7 @@ class _Calibration:
         if not is_tied(self._checkpoint.config):
             yield self._head()
 
-    def _sharing(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear]
-    ) -> list[list[str]]:
+    def _sharing(self, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> list[list[str]]:
         """The layer's Linears in the order of use, those with the same input together."""
         calls: list[tuple[torch.Tensor, list[str]]] = []
 
@@ -99,10 +98,16 @@ class _Calibration:
     def _curvature(self, layer: nn.Module, linear: nn.Linear) -> Curvature | None:
         """Of what goes into ``linear``, when the whole text runs through the layer."""
         found = _Hessian(linear.in_features, self._device)
-        hook = linear.register_forward_pre_hook(lambda _, given: found.add(given[0], text))
+
+        def see(_: nn.Module, given: tuple[torch.Tensor]) -> None:
+            found.add(given[0], is_text)
+            raise _Enough  # what comes behind it need not run
+
+        hook = linear.register_forward_pre_hook(see)
         for part in self._decoder.batches(self._states):
-            text = self._is_text[part].to(self._device)
-            self._decoder.forward(layer, self._states[part])
+            is_text = self._is_text[part].to(self._device)
+            with contextlib.suppress(_Enough):
+                self._decoder.forward(layer, self._states[part])
         hook.remove()
         return found.curvature()
 
@@ -128,17 +133,22 @@ class _Calibration:
             raise CheckpointError(f"{name}: {error}") from error
 
     def _head(self) -> Packed:
-        found = None
+        norm, found = (
+            self._decoder.norm(self._model),
+            _Hessian(self._states.shape[-1], self._device),
+        )
         for part in self._decoder.batches(self._states):
-            normed = self._decoder.normed(self._states[part], self._model)
-            found = found or _Hessian(normed.shape[-1], self._device)
+            normed = norm(self._states[part].to(self._device))
             found.add(normed, self._is_text[part].to(self._device))
-        assert found is not None
         # In host memory: it is the largest weight, and comes to the device in parts.
         place = self._checkpoint.places[HEAD].spec
         dtype = getattr(torch, RESIDENT_DTYPES[place.dtype])
         weight = of_checkpoint(self._checkpoint, torch.device("cpu"), dtype)(HEAD)
         return "lm_head", *self._quantize("lm_head", weight, found.curvature())
+
+
+class _Enough(Exception):
+    """A forward pass has come as far as it was wanted to."""
 
 
 class _Hessian:

@@ -112,7 +112,9 @@ def round_columns(
         for at, column in enumerate(range(first, columns.stop)):
             torch.div(aims[at], divisors[column], out=codes[column])
             codes[column].round_().clamp_(MIN_CODE, MAX_CODE)
-            torch.addcmul(weight[column], codes[column], scales[column], value=-1, out=errors[column])
+            torch.addcmul(
+                weight[column], codes[column], scales[column], value=-1, out=errors[column]
+            )
             aims[at + 1 :].addr_(within[at + 1 :, at], errors[column])
         # A column's aim less what it became: its error and what it bears of the errors before.
         aims.addcmul_(codes[columns], scales[columns], value=-1)
@@ -125,9 +127,7 @@ def losses_of(errors: torch.Tensor, curvature: Curvature) -> torch.Tensor:
     return ((curvature.factor @ errors).square_() * curvature.pivots[:, None]).sum(0)
 
 
-def _whole_blocks(
-    weight: torch.Tensor, device: torch.device
-) -> Iterator[tuple[int, torch.Tensor]]:
+def _whole_blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
     """The rows in parts that begin where a block does, each with its first element's number."""
     width = weight.shape[1]
     unit = rows_of_a_unit(width)

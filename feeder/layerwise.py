@@ -59,8 +59,8 @@ class Decoder:
     """The layers of one architecture, for any number of models of it, one after the other.
 
     ``config``: of the checkpoint. ``poll`` is called between batches; what it raises goes through.
-    Attention is causal, without a window, so that what follows a text's end does not reach it: rows
-    are ``longest`` tokens at most.
+    Attention is causal, without a window, so that what follows a text's end does not reach it: texts
+    are no longer than `feeder.texts.longest`.
     """
 
     def __init__(
@@ -75,8 +75,6 @@ class Decoder:
             skeleton: Any = AutoModelForCausalLM.from_config(made)
         self.count = len(skeleton.model.layers)
         self.head = EMBEDDING if made.tie_word_embeddings else HEAD
-        windows = (made.max_position_embeddings, getattr(made, "sliding_window", None))
-        self.longest = min(window for window in windows if window)
         self._layers, self._norm = skeleton.model.layers, skeleton.model.norm
         self._device, self._poll = device, poll
         with torch.device(device):  # its frequencies are in no checkpoint, but computed
@@ -110,11 +108,10 @@ class Decoder:
         rotation = self._rotary(states, positions)
         return layer(states, attention_mask=None, position_embeddings=rotation)
 
-    @torch.inference_mode()
-    def normed(self, states: torch.Tensor, model: Tensors) -> torch.Tensor:
-        """What goes into the head, on the device, of some hidden states behind the last layer."""
+    def norm(self, model: Tensors) -> nn.Module:
+        """What lies between the last layer and the head, with the weights of ``model``."""
         _load(self._norm, "model.norm", model)
-        return self._norm(states.to(self._device))
+        return self._norm
 
 
 def _load(module: nn.Module, prefix: str, model: Tensors) -> None:

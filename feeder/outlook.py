@@ -82,6 +82,8 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         config=store.config,
         capacity=slots.capacity,
         all_fit=everything.size_bytes >= sum(slots.sizes),
+        method=store.method,
+        quality=store.quality,
         beside=str(slots.footprint),
     )
 

@@ -10,11 +10,13 @@ a launcher may import this module.
 
 from __future__ import annotations
 
+import argparse
 import math
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ from common.progress import progress as show_progress
 from common.qwen2 import expected_tensors, is_tied
 from common.store import Store, StoreWriter
 from feeder import methods
+from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt
 
 if TYPE_CHECKING:
     import torch
@@ -48,16 +51,18 @@ def quantize_checkpoint(
     progress: bool = True,
     poll: Callable[[], None] = lambda: None,
     method: str = methods.DEFAULT,
+    calibration: Excerpt = CALIBRATION,
 ) -> Store:
     """Quantize the checkpoint in `model_dir` into a new store in `store_dir`.
 
     device: "cpu", "cuda", "cuda:1", or "auto" for the GPU if there is one. progress: show it
     on stderr. poll: called between pieces; whatever it raises stops the work and leaves nothing.
-    method: one of `feeder.methods`.
+    method: one of `feeder.methods`. calibration: the text for one that is calibrated.
     Raises ConfigError, CheckpointError, StoreError, UsageError or MemoryShortageError.
     """
-    rule = methods.rule(method)
+    rule = None if method in methods.CALIBRATED else methods.rule(method)
     checkpoint = Checkpoint.open(model_dir)
+    rows = None if rule is not None else calibration.rows(checkpoint)
     _, residents = expected_tensors(checkpoint.config)
     writer = StoreWriter(
         store_dir,
@@ -71,6 +76,13 @@ def quantize_checkpoint(
     chosen = choose_device(device)
     total_bytes = sum(place.spec.bytes for place in places)
     with writer, show_progress(total_bytes, "quantizing", enabled=progress) as bar:
+        if rows is not None:
+            from feeder.calibration import calibrated
+
+            for name, codes, scales in calibrated(checkpoint, rows, chosen, poll):
+                spec = checkpoint.places[f"{name}.weight"].spec
+                writer.add_weight(name, spec.shape, codes, scales)
+                bar.update(spec.bytes)
         for place in places:
             name = place.spec.name
             pieces = _watched(checkpoint, name, poll, bar.update)
@@ -78,7 +90,7 @@ def quantize_checkpoint(
                 writer.add_resident_pieces(name, _finite(name, pieces))
             elif name == HEAD and is_tied(checkpoint.config):
                 _require_equal(pieces, checkpoint.pieces(EMBEDDING))
-            else:
+            elif rule is not None:
                 packed = _quantize(name, pieces, place.spec.shape, chosen, rule)
                 writer.add_weight(name.removesuffix(".weight"), place.spec.shape, *packed)
         poll()
@@ -185,6 +197,24 @@ def _watch_for_the_end(leash: Leash) -> Callable[[], None]:
     return poll
 
 
+def _excerpts(arguments: argparse.Namespace) -> tuple[Excerpt, Excerpt | None]:
+    """What to calibrate by and what to measure on, which is tried before the work begins. UsageError."""
+    if arguments.calibration is not None and arguments.method not in methods.CALIBRATED:
+        raise UsageError(
+            f"--calibration is of no use to --method {arguments.method}, which needs no data:"
+            f" give --method {' or '.join(methods.CALIBRATED)}, or leave it out"
+        )
+    if arguments.text is not None and not arguments.measure:
+        raise UsageError("--text is what --measure measures on: give both, or neither")
+    calibration = replace(
+        CALIBRATION, path=arguments.calibration, tokens=arguments.calibration_tokens
+    )
+    text = replace(MEASUREMENT, path=arguments.text) if arguments.measure else None
+    if text is not None:
+        text.rows(Checkpoint.open(arguments.model_dir))
+    return calibration, text
+
+
 def main(argv: list[str]) -> int:
     """Run the command line `argv`; returns the exit code."""
     parser = Parser(
@@ -196,13 +226,42 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--method",
         default=methods.DEFAULT,
-        choices=tuple(methods.METHODS),
-        help="; ".join(f"{name}: {what}" for name, what in methods.METHODS.items())
+        choices=(*methods.METHODS, *methods.CALIBRATED),
+        help="; ".join(
+            f"{name}: {what}" for name, what in (methods.METHODS | methods.CALIBRATED).items()
+        )
         + f"; default: {methods.DEFAULT}",
+    )
+
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="the text for --method gptq: plain, or JSON lines as --prompts takes them; default: a"
+        " sample that comes with Python",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=CALIBRATION.tokens,
+        metavar="N",
+        help=f"of it, at most; default: {CALIBRATION.tokens}",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="then compare the store with the checkpoint, and note the figures in its index",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="to measure on, as --calibration; default: another part of that sample",
     )
 
     def work(leash: Leash) -> None:
         poll = _watch_for_the_end(leash)
+        calibration, text = _excerpts(arguments)
         try:
             store = quantize_checkpoint(
                 arguments.model_dir,
@@ -210,11 +269,18 @@ def main(argv: list[str]) -> int:
                 arguments.device,
                 poll=poll,
                 method=arguments.method,
+                calibration=calibration,
             )
+            if text is not None:
+                from feeder.measured import measure
+
+                store = measure(arguments.model_dir, store, text, arguments.device, poll)
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
         size_bytes = store.packed_bytes + store.resident_bytes
         log.info("%s: %s, fingerprint %s", store.path, format_bytes(size_bytes), store.fingerprint)
+        if store.quality is not None:
+            log.info("quality: %s", store.quality)
 
     arguments = parser.parse_args(argv)
     return run_process("quantize", verbose=False, work=work)

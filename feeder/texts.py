@@ -6,7 +6,7 @@ Owns the reading, the sample and the cutting into contexts. Knows nothing of mod
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from common.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     import torch
+
+    from common.checkpoint import Checkpoint
 
 MAX_BYTES = 64 << 20
 SAMPLE = "Python's help topics"
@@ -63,7 +65,9 @@ def read(path: Path, paragraphs: bool = False) -> Text:
             raise UsageError(f"text {path} is larger than {MAX_BYTES >> 20} MiB: give a part of it")
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"text {path} is not UTF-8 ({error}): give a file of UTF-8 text") from error
+        raise UsageError(
+            f"text {path} is not UTF-8 ({error}): give a file of UTF-8 text"
+        ) from error
     except OSError as error:
         raise UsageError(f"text {path} cannot be read: {error.strerror}") from error
     parts = re.split(r"\n\s*\n", text.strip()) if paragraphs else [text]
@@ -75,13 +79,40 @@ def sample(measured: bool) -> Text:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise UsageError("this Python comes without its help topics: give a file of text") from error
+        raise UsageError(
+            "this Python comes without its help topics: give a file of text"
+        ) from error
     chosen = [
         topics[name]
         for number, name in enumerate(sorted(topics))
         if (number % _MEASURED_ONE_IN == 0) == measured
     ]
     return Text(SAMPLE, ("\n\n".join(chosen),))
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A text, and how much of it: ``tokens`` in contexts of ``length`` tokens at most."""
+
+    path: Path | None  # None: the sample
+    tokens: int
+    length: int
+    measured: bool  # which part of the sample
+    paragraphs: bool = False
+
+    def text(self) -> Text:
+        """UsageError if the file is no text."""
+        return sample(self.measured) if self.path is None else read(self.path, self.paragraphs)
+
+    def rows(self, checkpoint: Checkpoint) -> Rows:
+        """As tokens of the checkpoint's tokenizer. UsageError if there are none."""
+        return tokenize(self.text(), load_tokenizer(checkpoint.path), checkpoint.config, self)
+
+
+#: Of the length that models are commonly calibrated by; a quarter of the usual number of tokens, which
+#: made no difference to the models in docs/quality.md.
+CALIBRATION = Excerpt(None, 1 << 16, 2048, measured=False)
+MEASUREMENT = Excerpt(None, 1 << 14, 512, measured=True)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -98,23 +129,42 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise UsageError(f"{model_dir} has no tokenizer that can be read: {reason}") from error
 
 
-def tokenize(text: Text, tokenizer: Any, length: int, tokens: int) -> Rows:
-    """Contexts of ``length`` tokens at most, ``tokens`` in all at most, evenly over the whole text.
-    UsageError if nothing in them can be predicted."""
+def tokenize(text: Text, tokenizer: Any, config: Mapping[str, Any], excerpt: Excerpt) -> Rows:
+    """The contexts of ``excerpt``, evenly over the whole text. UsageError if nothing in them can be
+    predicted, or the tokenizer is of another model."""
     import torch
 
+    if excerpt.tokens < 2 or excerpt.length < 2:
+        raise UsageError("tokens and length of a text: expected at least 2")
+    length = min(excerpt.length, longest(config))
     rows: list[list[int]] = []
     for document in text.documents:
         ids = tokenizer(_as_text(document, tokenizer), add_special_tokens=False, verbose=False)
         found = ids["input_ids"]
         rows += [found[at : at + length] for at in range(0, len(found), length)]
-    rows = _evenly([row for row in rows if len(row) > 1], tokens)  # a first token is not predicted
+    rows = _evenly(
+        [row for row in rows if len(row) > 1], excerpt.tokens
+    )  # a first token is not predicted
     if not rows:
         raise UsageError(f"{text.name} has fewer than two tokens: give a longer text")
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row)
+    if int(padded.max()) >= config["vocab_size"]:
+        raise UsageError(
+            f"the tokenizer makes token {int(padded.max())} of {text.name}, the model has"
+            f" {config['vocab_size']}: is it another model's?"
+        )
     return Rows(padded, tuple(len(row) for row in rows))
+
+
+def longest(config: Mapping[str, Any]) -> int:
+    """The longest context that a model sees whole: without the limit of a sliding window."""
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    windows = (made.max_position_embeddings, getattr(made, "sliding_window", None))
+    return min(window for window in windows if window)
 
 
 def _evenly(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
