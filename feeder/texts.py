@@ -82,12 +82,16 @@ def sample(measured: bool) -> Text:
         raise UsageError(
             "this Python comes without its help topics: give a file of text"
         ) from error
-    chosen = [
-        topics[name]
-        for number, name in enumerate(sorted(topics))
-        if (number % _MEASURED_ONE_IN == 0) == measured
-    ]
-    return Text(SAMPLE, ("\n\n".join(chosen),))
+    sides: tuple[list[str], list[str]] = ([], [])
+    seen: set[str] = set()  # topics quote each other
+    for take in (True, False):  # to measure on first, so that nothing of it is calibrated by
+        for number, name in enumerate(sorted(topics)):
+            if (number % _MEASURED_ONE_IN == 0) == take:
+                for paragraph in re.split(r"\n\s*\n", topics[name]):
+                    if paragraph.strip() not in seen:
+                        seen.add(paragraph.strip())
+                        sides[take].append(paragraph)
+    return Text(SAMPLE, ("\n\n".join(sides[measured]),))
 
 
 @dataclass(frozen=True)
