@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def test_part_of_a_text_is_taken_from_all_over_it() -> None:
     rows = cut(text, 420, 50)
     assert sum(map(len, rows)) == 420 and len(rows) == 9 and len(rows[-1]) == 20
     found = [contexts.index(row) for row in rows[:-1]]
-    steps = [after - before for before, after in zip(found, found[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(found)]
     assert found[0] == 0 and max(steps) - min(steps) <= 1
     assert found[-1] > 0.7 * len(contexts)
 
