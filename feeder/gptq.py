@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -23,6 +23,7 @@ from common.blocks import BLOCK, MAX_CODE, MIN_CODE, code_bytes, scale_count
 from feeder.search import under_weights, weighted
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next if one does not suffice
+_STEPS = (0.01, 0.09, 0.9)  # from one to the next
 _AT_ONCE = 128  # columns between two products with all errors so far
 # Elements of a weight worked on at once: on the CPU few enough for its caches.
 _CPU_ELEMENTS = 1 << 21
@@ -47,7 +48,8 @@ class Curvature:
     @classmethod
     def of(cls, hessian: torch.Tensor) -> Curvature | None:
         """Of the sum of x xᵀ over inputs x, fp32 [K, K]. None if it is nothing to go by: not finite,
-        zero, or not positive definite however it is damped."""
+        zero, or not positive definite however it is damped. Takes memory for two more of its size, for
+        one if the caller lets go of it."""
         diagonal = hessian.diagonal().clone()
         mean = diagonal.mean()
         if not bool(mean.isfinite()) or mean <= 0:
@@ -55,20 +57,26 @@ class Curvature:
         # Most important columns first: what they do wrong, all the others can mend.
         order = diagonal.argsort(descending=True, stable=True)
         backwards = order.flip(0)
-        for damping in _DAMPINGS:
-            damped = hessian[backwards][:, backwards].div_(mean)
-            damped.diagonal().add_(damping)
+        damped = hessian[backwards[:, None], backwards].div_(mean)
+        del hessian
+        for damping, more in zip(_DAMPINGS, _STEPS, strict=True):
+            damped.diagonal().add_(more)
             lower, failed = torch.linalg.cholesky_ex(damped)
-            del damped
             if not failed and bool(lower.diagonal().isfinite().all()):
                 break
+            del lower
         else:
             return None
+        del damped
         # The Cholesky factor of the reversed matrix, reversed again, is the upper triangular one.
-        factor = lower.flip(0, 1).T.contiguous()
+        factor = lower.flip(0, 1).T
         pivots = factor.diagonal().clone()
         factor.div_(pivots[:, None])
         return cls(order, factor, pivots.square_(), diagonal / mean + damping)
+
+    def to(self, device: torch.device) -> Curvature:
+        """The same on another device."""
+        return Curvature(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def gptq(
@@ -102,15 +110,15 @@ def round_columns(
     """
     errors, codes = torch.empty_like(weight), torch.empty_like(weight)
     losses = torch.zeros_like(weight[0])
-    divisors = torch.where(scales == 0, math.inf, scales)
     factor = curvature.factor
     for first in range(0, len(weight), _AT_ONCE):
         poll()
         columns = slice(first, min(first + _AT_ONCE, len(weight)))
         aims = weight[columns].addmm(factor[columns, :first], errors[:first])
         within = factor[columns, columns]
+        divisors = torch.where(scales[columns] == 0, math.inf, scales[columns])
         for at, column in enumerate(range(first, columns.stop)):
-            torch.div(aims[at], divisors[column], out=codes[column])
+            torch.div(aims[at], divisors[at], out=codes[column])
             codes[column].round_().clamp_(MIN_CODE, MAX_CODE)
             torch.addcmul(
                 weight[column], codes[column], scales[column], value=-1, out=errors[column]
@@ -147,8 +155,7 @@ def _best(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [G, 128] and scales bf16 [G] of rows [N, K] that begin where a block does."""
     blocks = _in_blocks(values)
-    importance = _in_blocks(curvature.importance.expand_as(values))
-    _, scales = under_weights(blocks, importance)
+    _, scales = under_weights(blocks, _in_blocks(curvature.importance.expand_as(values)))
     aims = values.T[curvature.order].contiguous()
     spread = _by_element(scales, values.shape).T[curvature.order].contiguous()
     found, losses = round_columns(aims, spread, curvature, poll)
