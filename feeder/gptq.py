@@ -23,7 +23,6 @@ from common.blocks import BLOCK, MAX_CODE, MIN_CODE, code_bytes, scale_count
 from feeder.search import under_weights, weighted
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next if one does not suffice
-_STEPS = (0.01, 0.09, 0.9)  # from one to the next
 _AT_ONCE = 128  # columns between two products with all errors so far
 # Elements of a weight worked on at once: on the CPU few enough for its caches.
 _CPU_ELEMENTS = 1 << 21
@@ -59,15 +58,11 @@ class Curvature:
         backwards = order.flip(0)
         damped = hessian[backwards[:, None], backwards].div_(mean)
         del hessian
-        for damping, more in zip(_DAMPINGS, _STEPS, strict=True):
-            damped.diagonal().add_(more)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed and bool(lower.diagonal().isfinite().all()):
-                break
-            del lower
-        else:
-            return None
+        found = _cholesky(damped)
         del damped
+        if found is None:
+            return None
+        lower, damping = found
         # The Cholesky factor of the reversed matrix, reversed again, is the upper triangular one.
         factor = lower.flip(0, 1).T
         pivots = factor.diagonal().clone()
@@ -77,6 +72,19 @@ class Curvature:
     def to(self, device: torch.device) -> Curvature:
         """The same on another device."""
         return Curvature(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+    """The lower factor of a matrix [K, K] that is damped in place, and by how much; None if it has none."""
+    so_far = 0.0
+    for damping in _DAMPINGS:
+        matrix.diagonal().add_(damping - so_far)
+        so_far = damping
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed and bool(lower.diagonal().isfinite().all()):
+            return lower, damping
+        del lower
+    return None
 
 
 def gptq(
