@@ -46,6 +46,7 @@ class Subject:
     method: str | None = None  # how it was quantized, if its store says so
     quality: Quality | None = None  # against its original, if that was measured
     beside: str = ""  # what both processes take of the device beside the slots, part by part
+    copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:
     """``strategy``: a fresh one, which the simulation may use up."""
-    scheduler = Scheduler(subject.plan, subject.sizes, subject.capacity, strategy)
+    scheduler = Scheduler(
+        subject.plan, subject.sizes, subject.capacity, strategy,
+        copies=subject.copies, link_bytes=list(subject.traffic.packed),
+    )  # fmt: skip
     simulation = Simulation(scheduler, subject.traffic, machine)
     simulation.attach()
     steady = simulation.steady()
