@@ -26,6 +26,7 @@ try:
         as_flags,
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
+    from common.checkpoint_kind import is_checkpoint
     from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.process import clear_run_directory, run_path
@@ -86,7 +87,9 @@ def _parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", metavar="DIR", help="a checkpoint or a store; default: the demo model"
+        "--model",
+        metavar="PATH",
+        help="a checkpoint (a directory, or a GGUF file) or a store; default: the demo model",
     )
     parser.add_argument(
         "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
@@ -160,8 +163,10 @@ def _run(
 def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """The store directory, and the command that makes it if it has to be made."""
     model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
-    if not model.is_dir():
-        raise UsageError(f"model {model} is no directory: give a checkpoint or a store")
+    if not is_checkpoint(model):
+        raise UsageError(
+            f"model {model} is no directory and no GGUF file: give a checkpoint or a store"
+        )
     if (model / "store.json").is_file():
         return model, []
     if arguments.store:

@@ -23,7 +23,7 @@ from common.errors import UsageError
 from common.log import log
 from common.process import Leash
 from feeder.methods import CALIBRATED, METHODS
-from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, load_tokenizer, tokenize
+from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, tokenizer_home
 
 _EPILOG = """\
 examples:
@@ -118,28 +118,30 @@ def compare(arguments: argparse.Namespace, store_dir: Path, excerpt: Excerpt) ->
     """All figures of one store. Raises UsageError if it is none of this model."""
     import torch
 
-    from common.checkpoint import Checkpoint
     from common.store import Store
     from feeder import divergence
-    from feeder.layerwise import of_checkpoint, of_store
+    from feeder.checkpoints.recognize import open_source
+    from feeder.layerwise import of_source, of_store
     from feeder.quantize import choose_device
 
-    checkpoint, store = Checkpoint.open(arguments.model), Store.open(store_dir)
-    if store.config != checkpoint.config:
+    source, store = open_source(arguments.model), Store.open(store_dir)
+    if store.config != source.config:
         raise UsageError(f"store {store_dir} is of another config than {arguments.model}")
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
     text = excerpt.text()
-    rows = tokenize(text, load_tokenizer(checkpoint.path), checkpoint.config, excerpt)
+    with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as scratch:
+        home = tokenizer_home(source.companions(Path(scratch)), arguments.model)
+        rows = excerpt.rows(home, source.config)
     begun = time.monotonic()
-    models = of_checkpoint(checkpoint, device, dtype), of_store(store, device, dtype)
+    models = of_source(source, device, dtype), of_store(store, device, dtype)
     layers: list[dict[str, float]] = []
 
     def note(error: divergence.LayerError) -> None:
         layers.append(asdict(error))
-        log.info("layer %d of %d", len(layers), checkpoint.config["num_hidden_layers"])
+        log.info("layer %d of %d", len(layers), source.config["num_hidden_layers"])
 
     try:
-        quality = divergence.compare(checkpoint.config, models, text, rows, device, note=note)
+        quality = divergence.compare(source.config, models, text, rows, device, note=note)
     except ValueError as error:
         raise UsageError(
             f"{arguments.model} and {store_dir} cannot be compared: {error}"

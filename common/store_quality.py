@@ -12,20 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import store_json
-from common.errors import StoreError
 from common.quality import Quality
 from common.shard_files import refused
-from common.store_index import CONFIG_FILE, INDEX_FILE
-from common.strict_json import read_object
+from common.store_check import read_checked
+from common.store_index import INDEX_FILE
 
 
 def record_quality(store_dir: Path, quality: Quality) -> None:
     """Put ``quality`` into store.json, in place of an earlier one. Raises StoreError."""
     path = store_dir / INDEX_FILE
-    try:
-        index = store_json.parse(read_object(path), read_object(store_dir / CONFIG_FILE))
-    except ValueError as error:
-        raise StoreError(f"{path}: {error}") from error
+    index, _ = read_checked(store_dir)
     content = store_json.to_json(replace(index, quality=quality))
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from common import int4
-from common.checkpoint import EMBEDDING, HEAD, Checkpoint
+from common.checkpoint import EMBEDDING, HEAD
 from common.errors import CheckpointError, MemoryShortageError
+from common.families import is_tied
 from common.log import log
-from common.qwen2 import is_tied
 from common.store_index import RESIDENT_DTYPES
+from feeder.checkpoints.source import Source
 from feeder.gptq import Curvature, gptq
-from feeder.layerwise import Decoder, of_checkpoint
+from feeder.layerwise import Decoder, of_source
 from feeder.search import weighted
 from feeder.texts import Rows
 
@@ -30,7 +31,7 @@ _INPUTS_AT_ONCE = 1 << 12  # into a Hessian
 
 
 def calibrated(
-    checkpoint: Checkpoint, rows: Rows, device: torch.device, poll: Callable[[], None]
+    source: Source, rows: Rows, device: torch.device, poll: Callable[[], None]
 ) -> Iterator[Packed]:
     """Every weight of the model by the method "gptq", on the CPU, in the order of use.
 
@@ -38,7 +39,7 @@ def calibrated(
     Raises CheckpointError or MemoryShortageError.
     """
     try:
-        yield from _Calibration(checkpoint, rows, device, poll).weights()
+        yield from _Calibration(source, rows, device, poll).weights()
     except torch.OutOfMemoryError as error:
         raise MemoryShortageError(
             "the GPU has no room for a layer and the Hessians of its inputs: use --device cpu,"
@@ -48,14 +49,15 @@ def calibrated(
 
 class _Calibration:
     def __init__(
-        self, checkpoint: Checkpoint, rows: Rows, device: torch.device, poll: Callable[[], None]
+        self, source: Source, rows: Rows, device: torch.device, poll: Callable[[], None]
     ) -> None:
-        dtype = torch.float32
-        if device.type == "cuda":  # the model's own: products in fp32 are slow there
-            dtype = getattr(torch, RESIDENT_DTYPES[checkpoint.places[EMBEDDING].spec.dtype])
-        self._checkpoint, self._device, self._poll = checkpoint, device, poll
-        self._model = of_checkpoint(checkpoint, device, dtype)
-        self._decoder = Decoder(checkpoint.config, device, poll)
+        kept = {part.name: RESIDENT_DTYPES[part.dtype] for part in source.parts()}
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in kept.items()}
+        # The model's own on a GPU: products in fp32 are slow there.
+        dtype = self._dtypes[EMBEDDING] if device.type == "cuda" else torch.float32
+        self._source, self._device, self._poll = source, device, poll
+        self._model = of_source(source, device, dtype)
+        self._decoder = Decoder(source.config, device, poll)
         places = torch.arange(rows.ids.shape[1])
         self._is_text = places < torch.tensor(rows.lengths)[:, None]  # [rows, length]
         self._states = self._decoder.embed(rows.ids, self._model)
@@ -72,7 +74,7 @@ class _Calibration:
             for part in self._decoder.batches(self._states):
                 self._states[part] = self._decoder.forward(layer, self._states[part])
             self._decoder.leave(index)
-        if not is_tied(self._checkpoint.config):
+        if not is_tied(self._source.config):
             yield self._head()
 
     def _sharing(self, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> list[list[str]]:
@@ -141,9 +143,7 @@ class _Calibration:
             normed = norm(self._states[part].to(self._device))
             found.add(normed, self._is_text[part].to(self._device))
         # In host memory: it is the largest weight, and comes to the device in parts.
-        place = self._checkpoint.places[HEAD].spec
-        dtype = getattr(torch, RESIDENT_DTYPES[place.dtype])
-        weight = of_checkpoint(self._checkpoint, torch.device("cpu"), dtype)(HEAD)
+        weight = of_source(self._source, torch.device("cpu"), self._dtypes[HEAD])(HEAD)
         return "lm_head", *self._quantize("lm_head", weight, found.curvature())
 
 

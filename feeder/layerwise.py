@@ -15,23 +15,26 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from common import int4
-from common.checkpoint import EMBEDDING, HEAD, Checkpoint
+from common.checkpoint import EMBEDDING, HEAD
 from common.store import Store
+from feeder.checkpoints.source import Grouped, Source
 
 # A tensor of a model by its checkpoint name, in the dtype and on the device of the work.
 Tensors = Callable[[str], torch.Tensor]
 _TOKENS_AT_ONCE = 2048  # through a layer
 
 
-def of_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensors:
-    """The tensors of a checkpoint."""
+def of_source(source: Source, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """The tensors of a checkpoint, of whatever kind, as values."""
+    shapes = {part.name: part.shape for part in source.parts()}
 
     def read(name: str) -> torch.Tensor:
-        found = torch.empty(checkpoint.places[name].spec.shape, dtype=dtype, device=device)
+        found = torch.empty(shapes[name], dtype=dtype, device=device)
         flat, first = found.view(-1), 0
-        for piece in checkpoint.pieces(name):
-            flat[first : first + piece.numel()] = piece.to(device)
-            first += piece.numel()
+        for piece in source.pieces(name, device):
+            values = piece.values() if isinstance(piece, Grouped) else piece
+            flat[first : first + values.numel()] = values.to(device).view(-1)
+            first += values.numel()
         return found
 
     return read

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.checkpoint import Checkpoint
 from common.errors import MemoryShortageError, StoreError
 from common.log import log
 from common.store import Store
 from common.store_quality import record_quality
-from feeder.texts import Excerpt, load_tokenizer, tokenize
+from feeder.texts import Excerpt
+
+if TYPE_CHECKING:
+    import torch
+
+    from feeder.checkpoints.source import Source
 
 
 def measure(
-    model_dir: Path, store: Store, excerpt: Excerpt, device: str, poll: Callable[[], None]
+    source: Source, store: Store, excerpt: Excerpt, device: torch.device, poll: Callable[[], None]
 ) -> Store:
-    """The same store, with its quality in the index. Raises WeightFeederError; the store then stays
-    as it was."""
+    """The same store, with its quality in the index. The store has a tokenizer. Raises
+    WeightFeederError; the store then stays as it was."""
     import torch
 
     from feeder.divergence import compare
-    from feeder.layerwise import of_checkpoint, of_store
-    from feeder.quantize import choose_device
+    from feeder.layerwise import of_source, of_store
 
-    checkpoint, chosen, dtype = Checkpoint.open(model_dir), choose_device(device), torch.float32
-    text = excerpt.text()
-    rows = tokenize(text, load_tokenizer(checkpoint.path), checkpoint.config, excerpt)
+    text, rows = excerpt.text(), excerpt.rows(store.path, store.config)
     log.info("measuring on %d tokens of %s", rows.tokens, text.name)
-    models = of_checkpoint(checkpoint, chosen, dtype), of_store(store, chosen, dtype)
+    models = of_source(source, device, torch.float32), of_store(store, device, torch.float32)
     try:
-        quality = compare(checkpoint.config, models, text, rows, chosen, poll)
+        quality = compare(store.config, models, text, rows, device, poll)
     except ValueError as error:
         raise StoreError(f"{store.path}: measured, and {error}; nothing is noted") from error
     except torch.OutOfMemoryError as error:

@@ -6,18 +6,18 @@ Owns the reading, the sample and the cutting into contexts. Knows nothing of mod
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UsageError
+from common.families import windows
 from common.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     import torch
-
-    from common.checkpoint import Checkpoint
 
 MAX_BYTES = 64 << 20
 SAMPLE = "Python's help topics"
@@ -108,15 +108,21 @@ class Excerpt:
         """UsageError if the file is no text."""
         return sample(self.measured) if self.path is None else read(self.path, self.paragraphs)
 
-    def rows(self, checkpoint: Checkpoint) -> Rows:
-        """As tokens of the checkpoint's tokenizer. UsageError if there are none."""
-        return tokenize(self.text(), load_tokenizer(checkpoint.path), checkpoint.config, self)
+    def rows(self, home: Path, config: Mapping[str, Any]) -> Rows:
+        """As tokens of the tokenizer in ``home``, for the model that ``config`` describes. UsageError if
+        there are none."""
+        return tokenize(self.text(), load_tokenizer(home), config, self)
 
 
 #: Of the length that models are commonly calibrated by; a quarter of the usual number of tokens, which
 #: made no difference to the models in docs/quality.md.
 CALIBRATION = Excerpt(None, 1 << 16, 2048, measured=False)
 MEASUREMENT = Excerpt(None, 1 << 14, 512, measured=True)
+
+
+def tokenizer_home(files: Sequence[Path], model_dir: Path) -> Path:
+    """Where the tokenizer among a checkpoint's ``files`` lies; ``model_dir`` if there is none."""
+    return next((file.parent for file in files if file.name in _VOCABULARIES), model_dir)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -164,11 +170,8 @@ def tokenize(text: Text, tokenizer: Any, config: Mapping[str, Any], excerpt: Exc
 
 def longest(config: Mapping[str, Any]) -> int:
     """The longest context that a model sees whole: without the limit of a sliding window."""
-    from transformers import CONFIG_MAPPING
-
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    windows = (made.max_position_embeddings, getattr(made, "sliding_window", None))
-    return min(window for window in windows if window)
+    limits = [config.get("max_position_embeddings"), *windows(dict(config))]
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
 
 
 def _evenly(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from common import int4
+from demo import tokenizer
 from feeder.calibration import calibrated
+from feeder.checkpoints.recognize import open_source
 from feeder.gptq import Curvature, gptq
 from feeder.quantize import quantize_checkpoint
 from feeder.texts import Excerpt
@@ -41,7 +43,6 @@ def test_a_weight_comes_out_as_good_as_on_the_cpu(shape: tuple[int, int]) -> Non
 
 
 def test_a_model_is_calibrated_on_the_gpu(tmp_path: Path) -> None:
-    from demo import tokenizer
 
     model = make_checkpoint(tmp_path / "model", hidden=128, intermediate=384, vocab=320)
     tokenizer.build().save_pretrained(model)
@@ -55,13 +56,11 @@ def test_a_model_is_calibrated_on_the_gpu(tmp_path: Path) -> None:
 def test_factors_come_from_the_host_where_the_gpu_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common.checkpoint import Checkpoint
-    from demo import tokenizer
 
     model = make_checkpoint(tmp_path / "model", hidden=128, intermediate=384, vocab=320)
     tokenizer.build().save_pretrained(model)
-    checkpoint = Checkpoint.open(model)
-    rows = Excerpt(None, 2048, 256, measured=False).rows(checkpoint)
+    source = open_source(model)
+    rows = Excerpt(None, 2048, 256, measured=False).rows(model, source.config)
     original = torch.linalg.cholesky_ex
 
     def full(matrix: torch.Tensor) -> object:
@@ -70,5 +69,5 @@ def test_factors_come_from_the_host_where_the_gpu_has_no_room(
         return original(matrix)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
-    found = list(calibrated(checkpoint, rows, torch.device("cuda"), lambda: None))
+    found = list(calibrated(source, rows, torch.device("cuda"), lambda: None))
     assert len(found) == 15

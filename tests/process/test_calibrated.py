@@ -15,6 +15,7 @@ import torch
 from common.store import Store
 from demo import sums, tokenizer
 from feeder import quantize
+from feeder.checkpoints.recognize import open_source
 from feeder.measured import measure
 from feeder.texts import MEASUREMENT
 from tests.checkpoints import edit_tensors, make_checkpoint, make_hollow_checkpoint
@@ -73,7 +74,9 @@ def test_a_store_that_was_calibrated_and_measured(
     default = quantize.quantize_checkpoint(checkpoint, tmp_path / "default", "cpu", progress=False)
     assert default.quality is None
     excerpt = replace(MEASUREMENT, path=text)
-    measured = measure(checkpoint, default, excerpt, "cpu", lambda: None).quality
+    measured = measure(
+        open_source(checkpoint), default, excerpt, torch.device("cpu"), lambda: None
+    ).quality
     assert measured is not None and quality.kl_mean < 0.7 * measured.kl_mean
     assert measured.perplexity_original == pytest.approx(quality.perplexity_original, rel=1e-4)
 

@@ -12,11 +12,11 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from common import int4
-from common.checkpoint import Checkpoint
 from common.errors import CheckpointError
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from feeder import methods
 from feeder.calibration import Packed, calibrated
+from feeder.checkpoints.recognize import open_source
 from feeder.gptq import Curvature, gptq
 from feeder.texts import Rows
 from tests.checkpoints import edit_tensors, load_tensors, make_checkpoint
@@ -33,9 +33,9 @@ def rows(vocabulary: int) -> Rows:
 
 
 def walk(path: Path) -> Iterator[Packed]:
-    checkpoint = Checkpoint.open(path)
-    text = rows(checkpoint.config["vocab_size"])
-    return calibrated(checkpoint, text, CPU, lambda: None)
+    source = open_source(path)
+    text = rows(source.config["vocab_size"])
+    return calibrated(source, text, CPU, lambda: None)
 
 
 def inputs_of(model: Qwen2ForCausalLM, name: str) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_every_weight_is_fitted_to_what_the_quantized_model_puts_into_it(
             back = int4.dequantize(codes, scales, weight.shape, torch.float32)
             model.get_submodule(name).weight.copy_(back)
         names.append(name)
-    assert names == list(expected_tensors(Checkpoint.open(path).config)[0])
+    assert names == list(expected_tensors(open_source(path).config)[0])
 
 
 def live_bytes() -> int:

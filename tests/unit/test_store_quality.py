@@ -60,7 +60,7 @@ def edited(path: Path, quality: Any) -> Path:
         ({"kl_mean": "0.1"}, "kl_mean is '0.1', expected a number"),
         ({"kl_mean": True}, "kl_mean is True"),
         ({"kl_p99": -0.5}, "kl_p99 is -0.5, expected a finite number from 0 up"),
-        ({"perplexity": 10**400}, "perplexity is 1000"),
+        ({"perplexity": 1e305}, "perplexity is 1e+305"),
         ({"perplexity_original": -1.0}, "perplexity_original is -1.0"),
         ({"top1_agreement": 1.5}, "top1_agreement is 1.5, expected 1 at most"),
         ({"tokens": 0}, "tokens is 0"),
@@ -87,7 +87,7 @@ def test_what_is_no_object_or_lacks_a_figure_is_refused(path: Path) -> None:
 
 
 def test_a_store_that_is_none_or_cannot_be_written(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no such file"):
+    with pytest.raises(StoreError, match="is not a directory"):
         record_quality(tmp_path / "nothing", QUALITY)
     content = (path / "store.json").read_text()
     (path / f".store.json.partial-{os.getpid()}").write_text("in the way")

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint import Checkpoint
 from common.errors import UsageError
 from demo import tokenizer
 from feeder.texts import Excerpt, Text, read, sample, tokenize
 from tests.checkpoints import make_checkpoint
 
 CONFIG: dict[str, Any] = {
-    "model_type": "qwen2", "max_position_embeddings": 512, "vocab_size": 320,
+    "model_type": "qwen2", "max_position_embeddings": 512, "vocab_size": 320, "num_hidden_layers": 1,
 }  # fmt: skip
 TOKENS = tokenizer.build()
 
@@ -105,22 +104,22 @@ def test_what_is_no_text(tmp_path: Path, name: str, content: bytes, message: str
     TOKENS.save_pretrained(path)
     excerpt = Excerpt(written(tmp_path, content, name), 100, 64, True)
     with pytest.raises(UsageError, match=message):
-        excerpt.rows(Checkpoint.open(path))
+        excerpt.rows(path, CONFIG)
 
 
 def test_files_and_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", layers=1, vocab=100))
+    home, config = make_checkpoint(tmp_path / "model", layers=1), CONFIG | {"vocab_size": 100}
     excerpt = Excerpt(written(tmp_path, "1.1+2.3=?"), 100, 64, True)
     with pytest.raises(UsageError, match="has no tokenizer: put its tokenizer.json there"):
-        excerpt.rows(checkpoint)
-    written(checkpoint.path, "{}", "tokenizer.json")
+        excerpt.rows(home, config)
+    written(home, "{}", "tokenizer.json")
     with pytest.raises(UsageError, match="has no tokenizer that can be read"):
-        excerpt.rows(checkpoint)
-    TOKENS.save_pretrained(checkpoint.path)
+        excerpt.rows(home, config)
+    TOKENS.save_pretrained(home)
     with pytest.raises(UsageError, match="is it another model's"):
-        Excerpt(written(tmp_path, "<|im_end|>" * 9), 100, 64, True).rows(checkpoint)
+        Excerpt(written(tmp_path, "<|im_end|>" * 9), 100, 64, True).rows(home, config)
     for path, message in ((tmp_path, "Is a directory"), (tmp_path / "x", "No such file")):
         with pytest.raises(UsageError, match=message):
-            Excerpt(path, 100, 64, True).rows(checkpoint)
+            Excerpt(path, 100, 64, True).rows(home, config)
     with pytest.raises(UsageError, match="expected at least 2"):
-        Excerpt(None, 1, 64, True).rows(checkpoint)
+        Excerpt(None, 1, 64, True).rows(home, config)
