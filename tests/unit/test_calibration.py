@@ -6,10 +6,11 @@ import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from common import int4
 from common.errors import CheckpointError
@@ -18,33 +19,42 @@ from feeder import methods
 from feeder.calibration import Packed, calibrated
 from feeder.checkpoints.recognize import open_source
 from feeder.gptq import Curvature, gptq
-from feeder.texts import Rows
-from tests.checkpoints import edit_tensors, load_tensors, make_checkpoint
+from feeder.texts import Rows, longest
+from tests import families
+from tests.checkpoints import edit_tensors, load_tensors, make_checkpoint, make_model
 
 LENGTHS = (40, 64, 7)
+MODELS = {
+    "tied": {**families.MODELS["llama, tied"], "model_type": "qwen2"},
+    **{
+        name: families.MODELS[name]
+        for name in ("qwen3, biases, windows by layer", "llama, biases, ungrouped", "mistral")
+    },
+}
 CPU = torch.device("cpu")
 
 
-def rows(vocabulary: int) -> Rows:
-    ids = torch.randint(2, vocabulary, (3, 64), generator=torch.Generator().manual_seed(4))
-    for row, length in zip(ids, LENGTHS, strict=True):
+def rows(path: Path) -> Rows:
+    """Texts of several lengths, none beyond what the model sees whole."""
+    config = open_source(path).config
+    lengths = tuple(min(length, longest(config)) for length in LENGTHS)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(2, config["vocab_size"], (3, max(lengths)), generator=generator)
+    for row, length in zip(ids, lengths, strict=True):
         row[length:] = 0
-    return Rows(ids, LENGTHS)
+    return Rows(ids, lengths)
 
 
 def walk(path: Path) -> Iterator[Packed]:
-    source = open_source(path)
-    text = rows(source.config["vocab_size"])
-    return calibrated(source, text, CPU, lambda: None)
+    return calibrated(open_source(path), rows(path), CPU, lambda: None)
 
 
-def inputs_of(model: Qwen2ForCausalLM, name: str) -> torch.Tensor:
+def inputs_of(model: Any, name: str, text: Rows) -> torch.Tensor:
     """What goes into a Linear, text by text."""
     seen: list[torch.Tensor] = []
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda _, given: seen.append(given[0][0])
     )
-    text = rows(model.config.vocab_size)
     with torch.inference_mode():
         for row, length in zip(text.ids, text.lengths, strict=True):
             model(row[None, :length], logits_to_keep=length)
@@ -52,13 +62,17 @@ def inputs_of(model: Qwen2ForCausalLM, name: str) -> torch.Tensor:
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["plain", *MODELS])
 def test_every_weight_is_fitted_to_what_the_quantized_model_puts_into_it(
-    tmp_path: Path, tied: bool
+    tmp_path: Path, kind: str
 ) -> None:
-    path = make_checkpoint(tmp_path / "model", vocab=250, tied=tied, dtype=torch.float32)
+    if kind == "plain":
+        path = make_checkpoint(tmp_path / "model", vocab=250, dtype=torch.float32)
+    else:
+        path = make_model(tmp_path / "model", MODELS[kind])
     edit_tensors(path, lambda tensors: [t.mul_(4) for t in tensors.values() if t.ndim == 2])
-    model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    text = rows(path)
     original = load_tensors(path)
     shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     inputs, last = torch.empty(0), ""
@@ -67,10 +81,10 @@ def test_every_weight_is_fitted_to_what_the_quantized_model_puts_into_it(
         head, _, leaf = name.rpartition(".")
         leader = f"{head}.{shared.get(leaf, leaf)}".lstrip(".")
         if leader != last:
-            inputs, last = inputs_of(model, leader), leader
+            inputs, last = inputs_of(model, leader, text), leader
         weight = original[f"{name}.weight"]
         curvature = Curvature.of(inputs.T @ inputs)
-        assert curvature is not None and len(inputs) == sum(LENGTHS)
+        assert curvature is not None and len(inputs) == text.tokens
         expected = gptq(weight, curvature)
         elements = weight.numel()
         same = int4.unpack(codes, elements) == int4.unpack(expected[0], elements)
