@@ -15,7 +15,7 @@ import math
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from feeder.checkpoints.source import Grouped, Part, Source
     from feeder.convert import Tally
 
+_OF_VALUES = ("original", "gguf")  # kinds of which hardly any block is kept as it is
+
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
 
@@ -74,7 +76,7 @@ def quantize_checkpoint(
     source = open_source(Path(model_dir))
     parts = source.parts()
     if rule is None:
-        _require_original(source, parts, method)
+        _require_values(source, method)
     _, residents = expected_tensors(source.config)
     chosen = choose_device(device)
     tally = Tally()
@@ -134,12 +136,12 @@ def quantize_checkpoint(
     return measure(source, store, measurement, chosen, poll)
 
 
-def _require_original(source: Source, parts: Sequence[Part], method: str) -> None:
-    ready = sum(part.ready for part in parts)
-    if ready:
+def _require_values(source: Source, method: str) -> None:
+    """UsageError if the checkpoint's weights are codes that are best kept."""
+    if source.kind not in _OF_VALUES:
         raise UsageError(
-            f"--method {method} is for originals: {ready} tensors of this {source.kind} checkpoint are"
-            " quantized already and are best kept as they are; leave --method out"
+            f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
+            " whose codes are kept as they are; leave --method out"
         )
 
 
