@@ -6,16 +6,15 @@ import argparse
 import sys
 
 from bench.settings import SLOTS, STRATEGIES
-from common.arguments import Parser
 from common.config import Cache
 from common.entry import run_process
 from common.errors import UsageError
 from common.formats import DEQUANTIZED
+from common.parser import Parser
 from common.process import Leash
 
 PARTS = ("ceilings", "sweep", "ttft", "baselines", "plot")
-_EPILOG = """\
-examples:
+_EXAMPLES = """\
   python -m bench all --quick --output quick.json
   python -m bench all --shape qwen2.5-32b --output 32b.json --plot 32b.svg
   python -m bench sweep --store STORE --strategies resident --caches=16,8GiB,-1 --output 32b.json
@@ -24,11 +23,12 @@ examples:
 
 def parser() -> Parser:
     made = Parser(
+        "bench",
+        examples=_EXAMPLES,
+        usage="%(prog)s PART... [FLAGS]",
         prog="python -m bench",
         description="Measures ceilings, a sweep of strategies and caches, the time to the first"
         " token, and baselines.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
     add(

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.checkpoint import EMBEDDING, HEAD, Checkpoint, companion_files
 from common.checkpoint_fingerprint import checkpoint_fingerprint
@@ -27,6 +26,7 @@ from common.config import format_bytes
 from common.entry import run_process
 from common.errors import CheckpointError, MemoryShortageError, UsageError
 from common.log import log
+from common.parser import Parser
 from common.process import Leash, Terminated
 from common.progress import progress as show_progress
 from common.qwen2 import expected_tensors, is_tied
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     import torch
 
     from common.int4 import Rule
+
+_EXAMPLES = """\
+  python -m feeder.quantize ~/models/Qwen2.5-7B-Instruct stores/7b
+"""
 
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
@@ -185,11 +189,12 @@ def _watch_for_the_end(leash: Leash) -> Callable[[], None]:
     return poll
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line `argv`; returns the exit code."""
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
-        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint."
-    )
+        "quantize", examples=_EXAMPLES, usage="%(prog)s MODEL_DIR STORE_DIR [FLAGS]",
+        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint.",
+    )  # fmt: skip
     parser.add_argument("model_dir", type=Path, help="a Qwen2 checkpoint in safetensors")
     parser.add_argument("store_dir", type=Path, help="the store to make; must not exist")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
@@ -200,6 +205,11 @@ def main(argv: list[str]) -> int:
         help="; ".join(f"{name}: {what}" for name, what in methods.METHODS.items())
         + f"; default: {methods.DEFAULT}",
     )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line `argv`; returns the exit code."""
 
     def work(leash: Leash) -> None:
         poll = _watch_for_the_end(leash)
@@ -216,7 +226,7 @@ def main(argv: list[str]) -> int:
         size_bytes = store.packed_bytes + store.resident_bytes
         log.info("%s: %s, fingerprint %s", store.path, format_bytes(size_bytes), store.fingerprint)
 
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     return run_process("quantize", verbose=False, work=work)
 
 

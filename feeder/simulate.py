@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser
 from common.blocks import packed_bytes
 from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
 from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
+from common.parser import Parser
 from common.plan import Plan
 from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
@@ -36,6 +36,11 @@ from feeder.strategies.registry import make_strategy
 
 if TYPE_CHECKING:
     import argparse
+
+_EXAMPLES = """\
+  python -m feeder simulate --shape qwen2.5-32b --link 25 --device-bandwidth 900 --sweep
+  python -m feeder simulate --shape STORE --slots packed --link 55 --device-bandwidth 3000
+"""
 
 SLOT_BYTES = 2  # an element of a bf16 slot
 
@@ -148,18 +153,26 @@ def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> 
     print(f"plot written to {arguments.plot}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv`` (its first word is ``simulate``); the exit code."""
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
+        "simulate",
+        examples=_EXAMPLES,
         prog="python -m feeder simulate",
         description="Predicts hits, streamed bytes and tok/s from a strategy and two bandwidths.",
     )
     parser.add_argument("--shape", required=True, metavar="NAME|STORE", help="such as qwen2.5-32b")
-    parser.add_argument("--strategy", default="resident", metavar="NAME|FILE:CLASS")
-    parser.add_argument("--cache", default="128", metavar="N|SIZE")
+    parser.add_argument(
+        "--strategy", default="resident", metavar="NAME|FILE:CLASS", help="default: resident"
+    )
+    parser.add_argument("--cache", default="128", metavar="N|SIZE", help="default: 128")
     parser.add_argument("--slots", default=DEQUANTIZED, choices=FORMATS, help="what slots hold")
-    parser.add_argument("--link", type=float, required=True, metavar="GB/S")
-    parser.add_argument("--device-bandwidth", type=float, required=True, metavar="GB/S")
+    parser.add_argument(
+        "--link", type=float, required=True, metavar="GB/S", help="of the host-to-device copy"
+    )
+    parser.add_argument(
+        "--device-bandwidth", type=float, required=True, metavar="GB/S", help="of its memory"
+    )
     parser.add_argument("--engine-us", type=float, default=ENGINE_US, help="host time a weight")
     parser.add_argument("--handover-us", type=float, default=HANDOVER_US, help="message latency")
     parser.add_argument(
@@ -168,5 +181,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--sweep", action="store_true", help="a table over cache sizes")
     parser.add_argument("--plot", metavar="FILE", help="draw the table, as PNG or SVG")
-    arguments = parser.parse_args(argv[1:])
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv`` (its first word is ``simulate``); the exit code."""
+    arguments = make_parser().parse_args(argv[1:])
     return run_process("simulate", False, lambda leash: simulate(arguments))
