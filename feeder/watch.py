@@ -93,7 +93,7 @@ def view(fields: dict[str, Any], before: dict[str, Any], width: int, style: Styl
     states = str(fields.get("weight_states", ""))
     if states:
         lines += ["", *_map(_rows(str(fields["store"]), len(states)), states, width, style), ""]
-        lines.append(_legend(states, style))
+        lines += _legend(states, width, style)
     return lines
 
 
@@ -159,10 +159,17 @@ def _painted(cells: Iterable[str], style: Style) -> str:
     return f"{text}\x1b[0m" if colour else text
 
 
-def _legend(states: str, style: Style) -> str:
-    return "  ".join(
-        f"{_painted(state, style)} {name} {states.count(state)}" for state, name in STATES.items()
-    )
+def _legend(states: str, width: int, style: Style) -> list[str]:
+    """As many to a line as fit."""
+    lines, room = [""], width
+    for state, name in STATES.items():
+        text = f" {name} {states.count(state)}  "
+        if len(text) + 1 > room:
+            lines.append("")
+            room = width
+        lines[-1] += _painted(state, style) + text
+        room -= len(text) + 1
+    return lines
 
 
 def table(fields: dict[str, Any]) -> list[str]:
