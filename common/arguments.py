@@ -56,12 +56,10 @@ def run_parser(
     command: str, prog: str, description: str, examples: str, rare: Sequence[str] = RARE
 ) -> Parser:
     """A parser, still without flags, for a command that runs a model or a part of it."""
-    return Parser(
-        command, _shared(), SECTIONS, rare, SHORT, examples, prog=prog, description=description
-    )
+    return Parser(command, SECTIONS, rare, SHORT, examples, prog=prog, description=description)
 
 
-def _shared() -> list[str]:
+def shared_flags() -> list[str]:
     """The names of all flags that commands which run a model have."""
     every = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
     for add in (add_launcher, add_common, add_feeder, add_engine, add_server, add_chat):

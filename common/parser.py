@@ -30,15 +30,14 @@ HELP_WIDTH = 100
 
 
 class Parser(argparse.ArgumentParser):
-    """``command``: whose settings are read, None for none; ``shared``: all flags that runs have.
-    ``sections``: titles and the flags under them, in order. ``rare``: those that only --help-all shows;
-    ``short``: what --help says of a flag, where that is less than --help-all does.
+    """``command``: whose settings are read, None for none. ``sections``: titles and the flags under
+    them, in order. ``rare``: those that only --help-all shows. ``short``: what --help says of a flag,
+    where that is less than --help-all does.
     """
 
     def __init__(
         self,
         command: str | None = None,
-        shared: Iterable[str] = (),
         sections: dict[str, tuple[str, ...]] | None = None,
         rare: Iterable[str] = (),
         short: dict[str, str] | None = None,
@@ -50,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         if examples:
             more["epilog"] = f"examples:\n{examples.rstrip()}"
         super().__init__(add_help=False, allow_abbrev=False, **more)
-        self.command, self._shared = command, tuple(shared)
+        self.command = command
         self._sections, self._rare = sections or {}, {*rare, "config", "log_format"}
         self._short = short or {}
         self.add_argument("-h", "--help", action=_Help, help="this text")
@@ -76,9 +75,7 @@ class Parser(argparse.ArgumentParser):
             before = dict(vars(namespace))
             namespace, unknown = self.parse_known_args(argv, namespace)
             if unknown:
-                flags = [flag for action in self._actions for flag in action.option_strings]
-                near = nearest(unknown[0].partition("=")[0], flags) if unknown[0][:1] == "-" else ""
-                self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+                self.error(f"unrecognized arguments: {' '.join(unknown)}{self._near(unknown[0])}")
             self._settle(namespace, before, settings)
         except UsageError as error:
             self.error(str(error))
@@ -122,15 +119,24 @@ class Parser(argparse.ArgumentParser):
             found[titles.get(action.dest, title)].append(action)
         yield from ((title, actions) for title, actions in found.items() if actions)
 
+    def _near(self, text: str) -> str:
+        """The flag that was meant, for an error, if ``text`` is nearly one."""
+        if not text.startswith("--"):
+            return ""
+        names = [flag[2:] for action in self._actions for flag in action.option_strings]
+        return nearest(text[2:].partition("=")[0], names).replace("mean ", "mean --")
+
     def _fill(self, argv: Sequence[str], namespace: argparse.Namespace) -> dict[str, Setting]:
         """Give the namespace the settings' values: argparse takes them for what flags say."""
         launched = LEASH_VARIABLE in os.environ and self.command in RUNS
         if self.command is None or launched:  # a launcher has read them, and says what it found
             return {}
-        path = config_path(_config_flag(argv), os.environ)
+        from common.arguments import shared_flags  # which imports us
+
+        path, shared = config_path(_config_flag(argv), os.environ), shared_flags()
         flags = {a.dest: a for a in self._actions if a.option_strings}
-        settings = read_settings(self.command, flags, self._shared, path, os.environ)
-        for line in misspelt(os.environ, {*flags, *self._shared}):
+        settings = read_settings(self.command, flags, shared, path, os.environ)
+        for line in misspelt(os.environ, {*flags, *shared}):
             log.report_warning(line)
         for name, setting in settings.items():
             setattr(namespace, name, convert(flags[name], setting))

@@ -27,6 +27,8 @@ COMMANDS = (
 EVERYWHERE = frozenset({"name", "device", "verbose", "log_format"})
 #: Never a setting.
 _NOT = frozenset({"help", "help_all", "config"})
+#: So go on the variables by which clusters announce a service that is called weight-feeder.
+_CLUSTERS = ("SERVICE_", "PORT_")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -79,15 +81,16 @@ def read_settings(
 
 def misspelt(environment: Mapping[str, str], names: Iterable[str]) -> Iterator[str]:
     """A line for each variable that looks like a setting's and is none."""
-    known = {f"{PREFIX}{name.upper()}" for name in (*names, *EVERYWHERE, "config", "leash")}
-    known |= {
-        f"{PREFIX}{command.upper()}_{name[len(PREFIX) :]}" for command in COMMANDS for name in known
-    }
+    known = {name.upper() for name in (*names, *EVERYWHERE, "config", "leash")}
+    known |= {f"{command.upper()}_{name}" for command in COMMANDS for name in known}
     for variable in sorted(environment):
-        if variable.startswith(PREFIX) and variable not in known:
-            near = difflib.get_close_matches(variable, known, 1, 0.93)
-            if near:
-                yield f"the variable {variable} is not known and ignored: do you mean {near[0]}?"
+        name = variable.removeprefix(PREFIX)
+        if name == variable or name in known or name.startswith(_CLUSTERS):
+            continue
+        near = difflib.get_close_matches(name, known, 1, 0.85)
+        if near:  # else it may be a later version's
+            meant = f"{PREFIX}{near[0]}"
+            yield f"the variable {variable} is not known and ignored: do you mean {meant}?"
 
 
 def convert(action: argparse.Action, setting: Setting) -> object:
@@ -115,7 +118,7 @@ def convert(action: argparse.Action, setting: Setting) -> object:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``: do you mean X?``, or nothing if nothing is near."""
-    near = difflib.get_close_matches(name, list(names), 1, 0.6)
+    near = difflib.get_close_matches(name, sorted(names), 1, 0.6)
     return f": do you mean {near[0]}?" if near else ""
 
 
@@ -138,14 +141,16 @@ def _from_file(
             continue
         name = key.replace("-", "_")
         if name not in top:
-            raise UsageError(f"{path}: {key} is not known{nearest(name, top)}")
+            near = nearest(name, names) or nearest(name, top)
+            raise UsageError(f"{path}: {key} is not known{near}")
         if command in RUNS or name in EVERYWHERE:
             yield name, Setting(value, f"{path}: {key}")
     own = shared if command in RUNS else names
     for key, value in content.get(command, {}).items():
         name = key.replace("-", "_")
         if name not in own:
-            raise UsageError(f"{path}: {command}.{key} is not known{nearest(name, own)}")
+            near = nearest(name, names) or nearest(name, own)
+            raise UsageError(f"{path}: {command}.{key} is not known{near}")
         yield name, Setting(value, f"{path}: {command}.{key}")
 
 
