@@ -132,6 +132,7 @@ def _parse(
 ) -> tuple[argparse.Namespace, list[argparse.Action], list[argparse.Action]]:
     command = argv[0] if argv and argv[0] in _COMMANDS else ""
     parser, feeder, engine, both = make_parser(command)
+    parser.check_word(argv, [*_COMMANDS, *_ELSEWHERE])
     arguments = parser.parse_args(argv[1:] if command else argv)
     if getattr(arguments, "api_key", None):  # which a command line would show to everybody here
         os.environ[API_KEY_VARIABLE] = arguments.api_key

@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("--context", type=int, default=0, metavar="TOKENS", help="in the KV cache beforehand")
     add("--tokens", type=int, metavar="N", help="timed for each setting; default 10, quick 3")
     add("--time-limit", type=float, default=20.0, metavar="S", help="for them; two at least")
-    add("--prompt-tokens", type=_numbers, metavar="A,B", help="of ttft; default 16,512,4096")
+    add("--prompt-tokens", type=numbers, metavar="A,B", help="of ttft; default 16,512,4096")
     add("--baseline-layers", type=int, default=8, metavar="N", help="that accelerate offloads")
     add("--descends-cache", type=int, default=128, metavar="N", help="of the synchronous copy")
     add("--again", action="store_true", help="try once more what failed")
@@ -70,7 +70,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
 

@@ -27,6 +27,7 @@ from common.settings import (
 )
 
 HELP_WIDTH = 100
+_PATHS = ("DIR", "FILE", "STORE")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +78,7 @@ class Parser(argparse.ArgumentParser):
             if unknown:
                 self.error(f"unrecognized arguments: {' '.join(unknown)}{self._near(unknown[0])}")
             self._settle(namespace, before, settings)
+            self._no_empty_paths(namespace)
         except UsageError as error:
             self.error(str(error))
         log.choose_format(namespace.log_format)
@@ -118,6 +120,19 @@ class Parser(argparse.ArgumentParser):
             title = "options" if action.option_strings else "arguments"
             found[titles.get(action.dest, title)].append(action)
         yield from ((title, actions) for title, actions in found.items() if actions)
+
+    def check_word(self, argv: Sequence[str], words: Iterable[str]) -> None:
+        """A first word that is no flag is to be one of ``words``, the commands. Ends the process."""
+        if argv and not argv[0].startswith("-") and argv[0] not in words:
+            self.error(f"{argv[0]!r} is no command{nearest(argv[0], words)}")
+
+    def _no_empty_paths(self, namespace: argparse.Namespace) -> None:
+        """A shell's variable that is not set is not to mean this directory, or the default."""
+        for action in self._actions:
+            if action.metavar in _PATHS and getattr(namespace, action.dest) == "":
+                if action.dest != "config":
+                    flag = action.option_strings[-1]
+                    raise UsageError(f"{flag} is empty: give a name, or leave it out")
 
     def _near(self, text: str) -> str:
         """The flag that was meant, for an error, if ``text`` is nearly one."""

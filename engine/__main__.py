@@ -34,7 +34,9 @@ def make_parser(command: str = "") -> Parser:
 
 def main(argv: list[str]) -> int:
     command = argv[0] if argv and argv[0] in _FLAGS else ""
-    arguments = make_parser(command).parse_args(argv[1:] if command else argv)
+    parser = make_parser(command)
+    parser.check_word(argv, _FLAGS)
+    arguments = parser.parse_args(argv[1:] if command else argv)
 
     def work(leash: Leash) -> None:
         module = import_module(_MODULES[command])  # only now: they import torch

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
 
         return simulate(argv)
     parser = make_parser()
+    parser.check_word(argv, ("swap", "status", "stop", "simulate"))
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.plan:
         parser.error("--json is for --plan")

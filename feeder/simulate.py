@@ -5,6 +5,7 @@ The command line of feeder/simulation.py: shapes, tables and a plot.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -96,9 +97,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     packed_slots = range(len(names)) if slots == PACKED else ()
     packed = sum(packed_bytes(count) for count in elements)
     plan = Plan(tuple(range(len(names))))
-    for flag in ("link", "device_bandwidth"):
-        if not getattr(arguments, flag) > 0:
-            raise UsageError(f"--{flag.replace('_', '-')} must be above 0 GB/s")
+    _check(arguments)
     hardware = Hardware(
         arguments.link * 1e9,
         arguments.device_bandwidth * 1e9,
@@ -128,8 +127,37 @@ def simulate(arguments: argparse.Namespace) -> None:
         _plot(rows, arguments)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Before anything is printed. Raises WeightFeederError."""
+    for flag, least in {
+        "link": 0,
+        "device_bandwidth": 0,
+        "engine_us": -1,
+        "handover_us": -1,
+    }.items():
+        value = getattr(arguments, flag)
+        if not least < value < math.inf or (least < 0 and value < 0):
+            expected = "at least 0" if least else "above 0 GB/s"
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {value:g}: expected {expected}, and finite"
+            )
+    Cache.parse(arguments.cache)
+    make_strategy(arguments.strategy)
+    if arguments.plot is not None:
+        _require_plot(arguments.plot)
+
+
 def _staging(text: str) -> int:
     return 0 if text.strip() == "0" else parse_size(text)
+
+
+def _require_plot(name: str) -> None:
+    """UsageError unless a picture can be written there."""
+    path = Path(name)
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {name}: expected a name that ends in .png or .svg")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {name}: {path.absolute().parent} is no directory")
 
 
 def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> None:
@@ -149,7 +177,10 @@ def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> 
     axes.set_title(f"{arguments.shape}, {arguments.strategy}, link {arguments.link:g} GB/s")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(arguments.plot)
+    try:
+        figure.savefig(arguments.plot)
+    except OSError as error:
+        raise UsageError(f"--plot {arguments.plot} cannot be written: {error.strerror}") from error
     print(f"plot written to {arguments.plot}", file=sys.stderr)
 
 
