@@ -34,7 +34,7 @@ SECTIONS = {
 RARE = (
     "store", "raw", "profile", "top_p", "top_k", "repetition_penalty", "dtype", "attention", "no_step",
     "wait_full", "keep_store", "verify", "trace", "debugpy", "debug", "feeder_only", "engine_only",
-    "queue", "model_name",
+    "queue", "model_name", "no_history",
 )  # fmt: skip
 
 #: What --help says of flags that take more words in --help-all.
@@ -196,8 +196,13 @@ def add_server(parser: argparse._ActionsContainer) -> list[argparse.Action]:
 
 def add_chat(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """The flags of an engine that chats, less --name."""
-    system = parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    return [system, *_add_sampling(parser), *_add_model(parser)]
+    chat = [
+        parser.add_argument("--system", metavar="TEXT", help="what the model is told first"),
+        parser.add_argument(
+            "--no-history", action="store_true", help="keep nothing that is typed for the next time"
+        ),
+    ]
+    return [*chat, *_add_sampling(parser), *_add_model(parser)]
 
 
 def _add_sampling(parser: argparse._ActionsContainer) -> list[argparse.Action]:

@@ -129,10 +129,11 @@ class Parser(argparse.ArgumentParser):
     def _no_empty_paths(self, namespace: argparse.Namespace) -> None:
         """A shell's variable that is not set is not to mean this directory, or the default."""
         for action in self._actions:
-            if action.metavar in _PATHS and getattr(namespace, action.dest) == "":
-                if action.dest != "config":
-                    flag = action.option_strings[-1]
-                    raise UsageError(f"{flag} is empty: give a name, or leave it out")
+            if action.dest == "config" or action.metavar not in _PATHS:
+                continue
+            if getattr(namespace, action.dest) == "":
+                flag = action.option_strings[-1]
+                raise UsageError(f"{flag} is empty: give a name, or leave it out")
 
     def _near(self, text: str) -> str:
         """The flag that was meant, for an error, if ``text`` is nearly one."""

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     for flag, value in (("--max-tokens", arguments.max_tokens), ("--queue", arguments.queue)):
         if value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
+    if not 0 <= arguments.port <= 65535:
+        raise UsageError(f"--port {arguments.port}: expected from 0 to 65535")
     with closing(bind(arguments.host, arguments.port)) as listener:
         from engine.generate import Sampling
         from engine.start import with_model
