@@ -43,9 +43,16 @@ def rows(names: Sequence[str]) -> list[Row]:
         if found is None:
             single.append(Row(name.rpartition(".")[2], (index,)))
         else:
-            kinds.setdefault(found[2].rpartition(".")[2], {})[int(found[1])] = index
+            kinds.setdefault(found[2], {})[int(found[1])] = index
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    labels = [
+        short if last.count(short) == 1 else kind for short, kind in zip(last, kinds, strict=True)
+    ]
     layers = sorted({layer for kind in kinds.values() for layer in kind})
     return [
-        *(Row(kind, tuple(map(at.get, layers))) for kind, at in kinds.items()),
+        *(
+            Row(label, tuple(map(at.get, layers)))
+            for label, at in zip(labels, kinds.values(), strict=True)
+        ),
         *single,
     ]

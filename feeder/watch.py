@@ -88,7 +88,8 @@ class Screen:
 def view(fields: dict[str, Any], before: dict[str, Any], width: int, style: Style) -> list[str]:
     """The table, what has moved since ``before`` (empty, or with the moment as ``asked_s``), the map."""
     lines = [line[:width] for line in table(fields)]
-    lines.append(f"{'link use':9} {_link(fields, style)}"[: width + 20])
+    bar = max(5, min(_BAR, width - 30))
+    lines.append(f"{'link use':9} {_link(fields, bar, style)}"[:width])
     lines.append(f"{'moving':9} {_moving(fields, before)}"[:width])
     states = str(fields.get("weight_states", ""))
     if states:
@@ -97,13 +98,13 @@ def view(fields: dict[str, Any], before: dict[str, Any], width: int, style: Styl
     return lines
 
 
-def _link(fields: dict[str, Any], style: Style) -> str:
+def _link(fields: dict[str, Any], length: int, style: Style) -> str:
     now, limit = fields["link_bytes_per_s"], fields.get("link_limit_bytes_per_s", 0.0)
     if not limit:
         return f"{now / 1e9:.2f} GB/s; its limit was not measured"
     share = min(1.0, now / limit)
     full, empty = ("█", "░") if style.signs else ("#", "-")
-    bar = full * round(share * _BAR) + empty * (_BAR - round(share * _BAR))
+    bar = full * round(share * length) + empty * (length - round(share * length))
     return f"{bar} {100 * share:3.0f} % of {limit / 1e9:.1f} GB/s"
 
 

@@ -68,3 +68,6 @@ def test_an_interrupt_stops_the_answer_alone(room: Room, demo_store: Path, tmp_p
         assert ANSWER.startswith(answer["content"]) and answer["content"] != ANSWER
         it.type("/exit\n")
         assert it.popen.wait() == 0
+    kept = room.path / "state" / "weight-feeder" / "chat_history"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.read_text().splitlines()[-3:] == ["1.1+2.3=?", f"/save {saved}", "/exit"]
