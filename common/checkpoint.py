@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, ConfigError
-from common.qwen2 import expected_tensors, is_tied, validate_config
+from common.families import expected_tensors, is_tied, validate_config
+from common.inside import leads_outside
 from common.safetensors_file import DTYPE_BYTES, SafetensorsError, TensorSpec, read_header
 from common.store_index import CONFIG_FILE, RESIDENT_DTYPES
 from common.strict_json import read_object
@@ -31,7 +32,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PIECE_ELEMENTS = 1 << 23  # whole blocks; 16 MiB in bf16
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _COMPANIONS = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
@@ -73,7 +74,7 @@ class Checkpoint:
         for name, file_name in weight_map.items():
             if name not in places:
                 raise CheckpointError(
-                    f"{path / file_name} lacks {name!r}, which {INDEX_FILE} says it holds; "
+                    f"{path / file_name} lacks {name!r:.120}, which {INDEX_FILE} says it holds; "
                     "fetch the checkpoint again"
                 )
         return cls(path, config, _expected_places(path, config, places))
@@ -109,9 +110,9 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is not a directory" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}, expected a checkpoint directory")
     try:
-        config = read_object(path / CONFIG_FILE)
+        config = read_object(_inside(path, path / CONFIG_FILE))
     except ValueError as error:
-        raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a Qwen2 config") from error
+        raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a model's config") from error
     try:
         validate_config(config)
     except ConfigError as error:
@@ -127,9 +128,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files, sorted. Raises CheckpointError if it has none."""
     if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE]
+        return [_inside(path, path / SINGLE_FILE)]
     if (path / INDEX_FILE).exists():
-        return [path / name for name in sorted(set(_read_weight_map(path).values()))]
+        return [_inside(path, path / name) for name in sorted(set(_read_weight_map(path).values()))]
     if any(path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path} has pickled weights only (pytorch_model.bin), expected safetensors; convert "
@@ -139,9 +140,23 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def companion_files(path: Path) -> list[Path]:
-    """The tokenizer and generation files that go along with the weights, sorted by name."""
+    """The tokenizer and generation files that go along with the weights, sorted by name.
+
+    Raises CheckpointError for one that is a link to elsewhere: it would be copied into the store.
+    """
     found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name != INDEX_FILE)
+    return sorted(_inside(path, file) for file in found if file.name != INDEX_FILE)
+
+
+def _inside(path: Path, file: Path) -> Path:
+    """`file`, unless it is a link that leads out of the checkpoint's directory."""
+    real = leads_outside(path, file)
+    if real is not None:
+        raise CheckpointError(
+            f"{file} is a link to {real}, outside the checkpoint; "
+            "put the file itself there, if it is meant"
+        )
+    return file
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -149,7 +164,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if (path / SINGLE_FILE).exists() or not (path / INDEX_FILE).exists():
         return {}
     try:
-        weight_map = read_object(path / INDEX_FILE).get("weight_map")
+        weight_map = read_object(_inside(path, path / INDEX_FILE)).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path / INDEX_FILE}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -194,7 +209,7 @@ def _expected_places(
             continue
         if name not in shapes:
             raise CheckpointError(
-                f"{place.file} has {name!r:.120}, which a Qwen2 of this config does not; "
+                f"{place.file} has {name!r:.120}, which a {config['model_type']} of this config does not; "
                 "is it a checkpoint of another kind?"
             )
         if place.spec.shape != shapes[name]:

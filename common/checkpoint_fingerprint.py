@@ -46,6 +46,8 @@ def checkpoint_fingerprint(model_dir: Path | str) -> str:
 
 
 def _add_file(state: xxhash.xxh3_128, path: Path) -> None:
+    if path.exists() and not path.is_file():  # opening a FIFO would block for ever
+        raise CheckpointError(f"{path} is not a regular file, expected one")
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         name = os.fsencode(path.name)

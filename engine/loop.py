@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from engine.cache import make_cache, past, reserve, rounded
+from engine.cache import make_cache, past, reserve, rounded, windows_of
 from engine.speculation import Speculation
 from engine.step import Step
 
@@ -131,7 +131,10 @@ class Loop:
         """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
         config = model.config
         cache = self._cache or make_cache(
-            config.num_hidden_layers, tokens, config.max_position_embeddings
+            config.num_hidden_layers,
+            tokens,
+            config.max_position_embeddings,
+            windows_of(config),
         )
         self._cache = cache
         for layer in past(cache):
