@@ -186,6 +186,8 @@ async function turn() {
     at("meters").hidden = false;
   } catch (error) {
     samples = [];
+    model = null; // the next server may have another
+    shown = "";
     connection(error instanceof TypeError ? "the server does not answer" : error.message, true);
   }
 }
