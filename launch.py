@@ -33,6 +33,7 @@ try:
     from common.log import log, report_error, setup
     from common.parser import Parser
     from common.process import clear_run_directory, run_path
+    from common.settings import CONFIG_VARIABLE
     from common.store import Store
     from common.supervise import Child, Supervisor
     from common.trace_file import TraceFile
@@ -134,6 +135,8 @@ def _parse(
     parser, feeder, engine, both = make_parser(command)
     parser.check_word(argv, [*_COMMANDS, *_ELSEWHERE])
     arguments = parser.parse_args(argv[1:] if command else argv)
+    if arguments.config is not None:  # the quantizer reads settings, too
+        os.environ[CONFIG_VARIABLE] = arguments.config
     if getattr(arguments, "api_key", None):  # which a command line would show to everybody here
         os.environ[API_KEY_VARIABLE] = arguments.api_key
         arguments.api_key = None
@@ -204,7 +207,8 @@ def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
         return store, []
     store.parent.mkdir(parents=True, exist_ok=True)
     quantize = [sys.executable, "-m", "feeder.quantize", f"--device={arguments.device}"]
-    return store, [*quantize, str(model), str(store)]
+    logs = f"--log-format={arguments.log_format}"
+    return store, [*quantize, logs, str(model), str(store)]
 
 
 def _same_model(model: Path, store: Path) -> None:

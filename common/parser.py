@@ -27,6 +27,7 @@ from common.settings import (
 )
 
 HELP_WIDTH = 100
+_NO_KEY = Setting(None, "")
 _PATHS = ("DIR", "FILE", "STORE")
 
 
@@ -154,6 +155,9 @@ class Parser(argparse.ArgumentParser):
         settings = read_settings(self.command, flags, shared, path, os.environ)
         for line in misspelt(os.environ, {*flags, *shared}):
             log.report_warning(line)
+        key_is_there = settings.get("api_key", _NO_KEY).where.startswith(f"{path}: ")
+        if path is not None and key_is_there and path.stat().st_mode & 0o077:
+            log.report_warning(f"{path} has a key, and others can read it: chmod 600 {path}")
         for name, setting in settings.items():
             setattr(namespace, name, convert(flags[name], setting))
             flags[name].required = False

@@ -27,6 +27,9 @@ def test_a_conversation(room: Room, demo_store: Path, tmp_path: Path) -> None:
         assert ANSWER in say(it, "1.1+2.3=?")
         assert "tok/s, TTFT" in say(it, "/stats")
         assert "/nonsense is no command: /help names them" in say(it, "/nonsense")
+        it.type("\x1b[Aly\n")  # the arrow brings the last line back
+        it.read_until("/nonsensely is no command: /help names them")
+        it.read_until(PROMPT)
         assert "/reset" in say(it, "/help")
         say(it, f"/save {saved}")
         assert f"{saved} exists" in say(it, f"/save {saved}")

@@ -215,6 +215,16 @@ def test_a_flag_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --prom" in refused(capsys, "", "--prom", "x")  # in full only
 
 
+def test_a_key_that_others_can_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = own_file(tmp_path, 'api-key = "k"\n')
+    path.chmod(0o644)
+    assert parse("serve").api_key == "k"
+    assert "others can read it: chmod 600" in capsys.readouterr().err
+    path.chmod(0o600)
+    assert parse("serve").api_key == "k"
+    assert capsys.readouterr().err == ""
+
+
 def test_every_command_may_have_a_table(tmp_path: Path) -> None:
     own_file(tmp_path, "".join(f"[{command}]\n" for command in COMMANDS))
     assert parse("").cache == "auto"
