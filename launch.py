@@ -110,8 +110,9 @@ def script() -> None:
 def _let_children_import() -> None:
     """Whatever directory this was called in, children find the rooms where this file is, and not
     what happens to bear their names in that directory."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    if (ROOT / "pyproject.toml").is_file():  # a checkout; a package that is installed is found
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
