@@ -28,6 +28,7 @@ try:
         run_parser,
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
+    from common.checkpoint_kind import is_checkpoint
     from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.log import log, report_error, setup
@@ -193,8 +194,10 @@ def _run(
 def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """The store directory, and the command that makes it if it has to be made."""
     model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
-    if not model.is_dir():
-        raise UsageError(f"model {model} is no directory: give a checkpoint or a store")
+    if not is_checkpoint(model):
+        raise UsageError(
+            f"model {model} is no directory and no GGUF file: give a checkpoint or a store"
+        )
     if (model / "store.json").is_file():
         return model, []
     if arguments.store:

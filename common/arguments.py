@@ -70,7 +70,9 @@ def shared_flags() -> list[str]:
 def add_launcher(parser: argparse.ArgumentParser) -> None:
     """The launcher's own flags."""
     parser.add_argument(
-        "--model", metavar="DIR", help="a checkpoint or a store; default: the demo model"
+        "--model",
+        metavar="PATH",
+        help="a checkpoint (a directory, or a GGUF file) or a store; default: the demo model",
     )
     parser.add_argument(
         "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"

@@ -28,7 +28,7 @@ from common.settings import (
 
 HELP_WIDTH = 100
 _NO_KEY = Setting(None, "")
-_PATHS = ("DIR", "FILE", "STORE")
+_PATHS = ("DIR", "FILE", "STORE", "PATH")
 
 
 class Parser(argparse.ArgumentParser):

@@ -53,6 +53,7 @@ class Store:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     method: str | None = None  # how the weights were quantized, if the index says so
+    source_format: str | None = None  # what they were made from, if it says so
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
@@ -79,6 +80,7 @@ class Store:
             weights=index.weights,
             residents=index.residents,
             method=index.method,
+            source_format=index.source_format,
         )
 
     @property

@@ -77,6 +77,7 @@ class Index:
     residents: tuple[ResidentEntry, ...]
     method: str | None = None
     files: tuple[FileEntry, ...] | None = None
+    source_format: str | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

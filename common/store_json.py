@@ -30,7 +30,7 @@ from common.store_index import (
 _FILE_NAME = re.compile(r"(weights|residents)-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _OTHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
-_METHOD = re.compile(r"[a-z0-9-]{1,32}")
+_WORD = re.compile(r"[a-z0-9-]{1,32}")
 
 
 def to_json(index: Index) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def to_json(index: Index) -> dict[str, Any]:
         "tied": index.tied,
         "block": BLOCK,
         **({} if index.method is None else {"method": index.method}),
+        **({} if index.source_format is None else {"source_format": index.source_format}),
         "weights": [
             {
                 "name": entry.name,
@@ -109,13 +110,12 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     source = data.get("source_fingerprint")
     if source is not None and not (isinstance(source, str) and _CHECKSUM.fullmatch(source)):
         raise StoreError("source_fingerprint is neither null nor 32 hexadecimal digits")
-    method = data.get("method")
-    if method is not None and not (isinstance(method, str) and _METHOD.fullmatch(method)):
-        raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
+    method = _parse_word(data, "method", "absmax")
+    source_format = _parse_word(data, "source_format", "gptq")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
         data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
-        parse_files(data),
+        parse_files(data), source_format,
     )  # fmt: skip
 
 
@@ -168,6 +168,14 @@ def _require(data: dict[str, Any], key: str, expected: Any) -> None:
     found = data.get(key)
     if type(found) is not type(expected) or found != expected:
         raise StoreError(f"{key} is {found!r:.40}, expected {expected!r}")
+
+
+def _parse_word(data: dict[str, Any], key: str, example: str) -> str | None:
+    """A short word that may be absent."""
+    found = data.get(key)
+    if found is not None and not (isinstance(found, str) and _WORD.fullmatch(found)):
+        raise StoreError(f"{key} is {found!r:.40}, expected a short word such as {example!r}")
+    return found
 
 
 def _pair(data: dict[str, Any], key: str, expected: list[Any]) -> list[tuple[Any, Any]]:

@@ -100,10 +100,10 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: edit_config(p, dtype="float64"),
         "dtype is 'float64', expected one of bfloat16, float16, float32",
     ),
-    "quantized already": (
+    "quantized in a way that is not known": (
         "single",
-        lambda p: edit_config(p, quantization_config={"quant_method": "awq"}),
-        "already quantized",
+        lambda p: edit_config(p, quantization_config={"quant_method": "bitsandbytes"}),
+        "quant_method is 'bitsandbytes', expected one of gptq, awq, compressed-tensors",
     ),
     "no tensors": (
         "single",
