@@ -27,7 +27,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise UsageError(f"prompts file {path} is larger than {MAX_FILE_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts file {path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"prompts file {path} cannot be read: {reason}") from error
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)

@@ -37,6 +37,11 @@ class Outlook:
         else:
             self._around = f.Surroundings("cpu", measured)
 
+    @property
+    def link(self) -> float:
+        """Bytes a second that were measured; 0 if nothing was."""
+        return 0.0 if self._around.measured is None else self._around.measured.link
+
     def tell(
         self,
         slots: SlotMemory,

@@ -22,7 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from common.arguments import Parser
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.checkpoint import EMBEDDING, HEAD
 from common.checkpoint_fingerprint import checkpoint_fingerprint
@@ -32,6 +31,7 @@ from common.entry import run_process
 from common.errors import CheckpointError, MemoryShortageError, UsageError
 from common.families import expected_tensors, is_tied
 from common.log import log
+from common.parser import Parser
 from common.process import Leash, Terminated
 from common.progress import progress as show_progress
 from common.store import Store, StoreWriter
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from feeder.convert import Tally
 
 _OF_VALUES = ("original", "gguf")  # kinds of which hardly any block is kept as it is
+_EXAMPLES = """\
+  python -m feeder.quantize ~/models/Qwen2.5-7B-Instruct stores/7b
+"""
 
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
@@ -264,11 +267,12 @@ def _excerpts(arguments: argparse.Namespace) -> tuple[Excerpt, Excerpt | None]:
     return replace(CALIBRATION, path=path, tokens=tokens), measurement
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line `argv`; returns the exit code."""
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
-        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint."
-    )
+        "quantize", examples=_EXAMPLES, usage="%(prog)s MODEL_DIR STORE_DIR [FLAGS]",
+        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint.",
+    )  # fmt: skip
     parser.add_argument(
         "model_dir", type=Path,
         help="a checkpoint in safetensors (bf16, fp16, fp32, GPTQ, AWQ, compressed-tensors) or a GGUF file",
@@ -283,7 +287,6 @@ def main(argv: list[str]) -> int:
         help="; ".join(f"{name}: {what}" for name, what in every.items())
         + f"; default: {methods.DEFAULT}",
     )
-
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE",
         help="the text for --method gptq: plain, or JSON lines as --prompts takes them if it is named"
@@ -301,6 +304,12 @@ def main(argv: list[str]) -> int:
         "--text", type=Path, metavar="FILE",
         help="to measure on, as --calibration; default: another part of that sample",
     )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line `argv`; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
 
     def work(leash: Leash) -> None:
         poll = _watch_for_the_end(leash)
@@ -322,7 +331,6 @@ def main(argv: list[str]) -> int:
         if store.quality is not None:
             log.info("quality: %s", store.quality)
 
-    arguments = parser.parse_args(argv)
     return run_process("quantize", verbose=False, work=work)
 
 
