@@ -13,6 +13,7 @@ import xxhash
 
 from common.blocks import code_bytes, scale_count
 from common.families import model_dtype
+from common.quality import Quality
 from common.safetensors_file import TensorSpec
 
 FORMAT = "weight-feeder"
@@ -77,6 +78,8 @@ class Index:
     residents: tuple[ResidentEntry, ...]
     method: str | None = None
     files: tuple[FileEntry, ...] | None = None
+    source_format: str | None = None
+    quality: Quality | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

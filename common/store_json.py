@@ -12,6 +12,7 @@ from common.blocks import BLOCK, code_bytes, scale_count
 from common.checksum import checksum
 from common.errors import ConfigError, StoreCorruptError, StoreError
 from common.families import expected_tensors, is_tied, validate_config
+from common.quality import Quality
 from common.safetensors_file import DTYPE_BYTES
 from common.store_index import (
     CONFIG_FILE,
@@ -30,7 +31,7 @@ from common.store_index import (
 _FILE_NAME = re.compile(r"(weights|residents)-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _OTHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
-_METHOD = re.compile(r"[a-z0-9-]{1,32}")
+_WORD = re.compile(r"[a-z0-9-]{1,32}")
 
 
 def to_json(index: Index) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def to_json(index: Index) -> dict[str, Any]:
         "tied": index.tied,
         "block": BLOCK,
         **({} if index.method is None else {"method": index.method}),
+        **({} if index.source_format is None else {"source_format": index.source_format}),
+        **({} if index.quality is None else {"quality": index.quality.as_json()}),
         "weights": [
             {
                 "name": entry.name,
@@ -109,13 +112,12 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     source = data.get("source_fingerprint")
     if source is not None and not (isinstance(source, str) and _CHECKSUM.fullmatch(source)):
         raise StoreError("source_fingerprint is neither null nor 32 hexadecimal digits")
-    method = data.get("method")
-    if method is not None and not (isinstance(method, str) and _METHOD.fullmatch(method)):
-        raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
+    method = _parse_word(data, "method", "absmax")
+    source_format = _parse_word(data, "source_format", "gptq")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
         data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
-        parse_files(data),
+        parse_files(data), source_format, _parse_quality(data),
     )  # fmt: skip
 
 
@@ -164,10 +166,27 @@ def _require_version(data: dict[str, Any]) -> None:
         )
 
 
+def _parse_quality(data: dict[str, Any]) -> Quality | None:
+    if data.get("quality") is None:
+        return None
+    try:
+        return Quality.parse(data["quality"])
+    except ValueError as error:
+        raise StoreError(f"quality: {error}") from error
+
+
 def _require(data: dict[str, Any], key: str, expected: Any) -> None:
     found = data.get(key)
     if type(found) is not type(expected) or found != expected:
         raise StoreError(f"{key} is {found!r:.40}, expected {expected!r}")
+
+
+def _parse_word(data: dict[str, Any], key: str, example: str) -> str | None:
+    """A short word that may be absent."""
+    found = data.get(key)
+    if found is not None and not (isinstance(found, str) and _WORD.fullmatch(found)):
+        raise StoreError(f"{key} is {found!r:.40}, expected a short word such as {example!r}")
+    return found
 
 
 def _pair(data: dict[str, Any], key: str, expected: list[Any]) -> list[tuple[Any, Any]]:

@@ -65,13 +65,15 @@ class StoreWriter:
         source_fingerprint: str | None = None,
         copies: Sequence[Path] = (),
         method: str | None = None,
+        source_format: str | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Plan a store in the directory `target`, which must not exist.
 
         config: a validated config. resident_dtypes: "BF16", "F16" or "F32" for the name
         of each resident that the config expects. copies: tokenizer files and the like, to go
-        along. method: how weights were quantized, for the index. A file holds up to
+        along. method, source_format: how weights were quantized, and what they were made from,
+        for the index. A file holds up to
         `shard_bytes`, or one weight or resident that is larger.
         """
         self._directory = PartialDirectory(Path(target))
@@ -79,6 +81,7 @@ class StoreWriter:
         self._source_fingerprint = source_fingerprint
         self._copies = tuple(copies)
         self._method = method
+        self._source_format = source_format
         self._stack = ExitStack()
         linear, shapes = expected_tensors(self._config)
         residents = [TensorSpec(name, resident_dtypes[name], shapes[name]) for name in shapes]
@@ -205,5 +208,6 @@ class StoreWriter:
             residents=residents,
             method=self._method,
             files=tuple(self._others.values()),
+            source_format=self._source_format,
         )
         return json.dumps(to_json(index), indent=1).encode() + b"\n"

@@ -43,7 +43,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     cache, limits = Cache.parse(arguments.cache), _limits(arguments)
     strategy = make_strategy(arguments.strategy)
     path = Path(arguments.model).resolve()  # an engine may be started elsewhere
-    if not (path / "store.json").is_file() and (path / "config.json").is_file():
+    if path.is_file() or (not (path / "store.json").is_file() and (path / "config.json").is_file()):
         raise StoreError(
             f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
             " first, or launch.py, which does"
@@ -78,6 +78,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             arguments.verify, limits,
         )  # fmt: skip
         stack.callback(feeder.close)
+        feeder.link_limit = outlook.link
         outlook.tell(
             feeder.slots, feeder.scheduler, feeder.staging_bytes, arguments.plan, arguments.json
         )
