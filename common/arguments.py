@@ -26,7 +26,7 @@ SECTIONS = {
     ),
     "server": ("host", "port", "api_key", "model_name", "max_tokens", "queue"),
     "memory and weights": ("cache", "vram", "context", "strategy", "slots", "device", "dtype"),
-    "speed": ("speculate", "attention", "no_step", "wait_full", "keep_store"),
+    "speed": ("batch", "speculate", "attention", "no_step", "wait_full", "keep_store"),
     "looking inside": ("plan", "trace", "profile", "verify", "debug", "debugpy"),
     "processes": ("name", "feeder_only", "engine_only"),
 }  # fmt: skip
@@ -46,6 +46,7 @@ SHORT = {
     "context": "prompt and answer that memory is kept for",
     "strategy": "resident, ring, on-demand, or your own",
     "slots": "auto (the default), packed or dequantized",
+    "batch": "sequences that share a pass, of serve and --prompts",
     "speculate": "check likely tokens in the same pass",
     "plan": "say what to expect, and run nothing",
     "api_key": f"what clients must send; better: ${API_KEY_VARIABLE}",
@@ -110,7 +111,8 @@ def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         ),
         parser.add_argument(
             "--batch", type=int, metavar="N",
-            help=f"requests or --prompts that share each pass, memory is kept for; {DEFAULT_BATCH}",
+            help="sequences that share each pass, and that memory is kept for; default:"
+            f" {DEFAULT_BATCH} for serve and --prompts, else 1",
         ),
     ]  # fmt: skip
 
