@@ -88,6 +88,8 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         capacity=slots.capacity,
         all_fit=everything.capacity.size_bytes >= sum(slots.sizes),
         copies=slots.copies,
+        method=store.method,
+        quality=store.quality,
         beside=str(slots.footprint),
     )
 

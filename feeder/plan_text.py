@@ -18,6 +18,8 @@ def lines(
 ) -> list[str]:
     """The plan for people, without a prefix."""
     told = [_machine_line(subject, around)]
+    if subject.quality is not None:
+        told.append(f"quantized by {subject.method or 'a method unknown'}: {subject.quality}")
     if found is None:
         return [*told, f"{strategy}: {format_bytes(subject.capacity.size_bytes)} of slots"]
     packed, streamed = subject.traffic.packed, found.steady.streamed
@@ -80,6 +82,8 @@ def as_json(
         "store": subject.store,
         "weights": len(subject.sizes),
         "packed_bytes": sum(subject.traffic.packed),
+        "method": subject.method,
+        "quality": subject.quality.as_json() if subject.quality else None,
         "strategy": strategy,
         "slots": subject.capacity.count,
         "arena_bytes": subject.capacity.size_bytes,

@@ -71,6 +71,8 @@ def status_fields(
         "pid": os.getpid(),
         "store": str(store.path),
         "fingerprint": store.fingerprint,
+        **({"method": store.method} if store.method else {}),
+        **({"quality": str(store.quality)} if store.quality else {}),
         "packed_bytes": store.packed_bytes,
         "weights": len(store.weights),
         "device": slots.memory.identity,

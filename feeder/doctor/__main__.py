@@ -11,9 +11,9 @@ from pathlib import Path
 from common.blocks import packed_bytes
 from common.checkpoint_kind import is_checkpoint
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, UsageError, WeightFeederError
+from common.families import expected_tensors
 from common.log import report_error
 from common.parser import Parser
-from common.qwen2 import expected_tensors
 from common.store import Store
 from feeder.checkpoints.recognize import model_config
 from feeder.doctor import device, host, sharing, software
