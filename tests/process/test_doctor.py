@@ -26,7 +26,8 @@ def checked(out: str) -> dict[str, dict[str, Any]]:
 
 def test_this_machine(room: Room, demo_store: Path, tmp_path: Path) -> None:
     huge = make_checkpoint(tmp_path / "huge")
-    edit_config(huge, num_hidden_layers=4096, intermediate_size=1 << 24, vocab_size=1 << 24)
+    size = {"num_hidden_layers": 4096, "intermediate_size": 1 << 24, "vocab_size": 1 << 24}
+    edit_config(huge, **size, layer_types=None, max_window_layers=4096)
     plain = room.launch("doctor", "--device=cpu")
     as_json = [
         room.launch("doctor", "--device=cpu", "--json", *flags)
@@ -63,7 +64,7 @@ def test_mistakes(room: Room, tmp_path: Path) -> None:
     ended = room.launch("doctor", "--model=/no/such/model").wait()
     assert_refused(ended, "model /no/such/model is no directory", code=2)
     ended = room.launch("doctor", f"--model={tmp_path}").wait()
-    assert_refused(ended, "give a checkpoint or a store", code=1)
+    assert_refused(ended, "expected a model's config", code=1)
     assert_refused(room.launch("doctor", "--fast").wait(), "--fast", code=2)
 
 
