@@ -151,9 +151,10 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager")
         ),
         parser.add_argument(
-            "--speculate", default="auto", metavar="auto|off|lookup[:K]",
-            help="check up to K tokens that the text so far suggests in one pass; auto (the"
-            " default): on the CPU, while weights are streamed",
+            "--speculate", default="auto", metavar="auto|off|lookup[:K]|DIR[:K]",
+            help="check up to K tokens in one pass that the text so far suggests, or the small model"
+            " in DIR (for an engine alone: draft[:K]); auto (the default): lookup, on the CPU, while"
+            " weights are streamed",
         ),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"

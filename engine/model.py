@@ -45,9 +45,11 @@ def build_model(
     memory: Memory,
     dtype: torch.dtype,
     attention: str = "auto",
+    first_weight: int = 0,
 ) -> PreTrainedModel:
     """Qwen2ForCausalLM on ``memory.device`` in which every Linear that the store holds is a FedLinear.
 
+    ``first_weight``: by what index the feeder knows the store's first weight.
     Raises StoreError if store and model disagree, StoreCorruptError if a resident is damaged.
     """
     device = memory.device
@@ -71,7 +73,7 @@ def build_model(
             residents[entry.name] = host_table(tensor, dtype, memory)
         else:
             residents[entry.name] = tensor.to(device=device, dtype=dtype)
-    _feed_linears(model, store, client, dtype, residents, Products(device, dtype))
+    _feed_linears(model, store, client, dtype, residents, Products(device, dtype), first_weight)
     _assign(model, residents)
     if store.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -100,8 +102,9 @@ def _feed_linears(
     dtype: torch.dtype,
     residents: dict[str, torch.Tensor],
     products: Products,
+    first_weight: int,
 ) -> None:
-    for index, entry in enumerate(store.weights):
+    for index, entry in enumerate(store.weights, first_weight):
         parent_name, _, name = entry.name.rpartition(".")
         try:
             linear = model.get_submodule(entry.name)

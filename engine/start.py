@@ -41,6 +41,7 @@ from engine.traced_client import ROWS, client_for
 if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags come first
     from transformers import PreTrainedModel
 
+    from engine.draft import Draft
     from engine.generate import Generator, Sampling
     from engine.report import Report
     from engine.speculation import Speculation
@@ -84,7 +85,11 @@ def with_model(
     work: Callable[[Ready], None],
 ) -> None:
     """Make the model ready, let it ``work``, and give everything back. Raises WeightFeederError."""
-    Speculate.parse(arguments.speculate)
+    if Speculate.parse(arguments.speculate).draft is not None:
+        raise UsageError(
+            f"--speculate {arguments.speculate}: an engine takes the draft model of its feeder: start"
+            " that with --draft STORE, and this with --speculate draft"
+        )
     raise_on_termination()
     if arguments.debugpy is not None:
         _wait_for_editor(arguments.debugpy)
@@ -140,6 +145,7 @@ def _generate(
     dtype = getattr(torch, feeder.dtype)
     codec = codec_for(store)
     model = build_model(store, client, memory, dtype, arguments.attention)
+    draft = _draft(arguments, store, client, memory, dtype)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     keeper = MemoryKeeper(model, client, memory)
     reason = supports(model)
@@ -147,7 +153,7 @@ def _generate(
         log.debug("tokens take transformers' own forward pass: %s", reason)
     step = None if reason or arguments.no_step else Step(model, client)
     speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
-    loop = Loop(step, keeper.survive, speculation)
+    loop = Loop(step, keeper.survive, speculation, draft)
 
     def chunk(tokens: int) -> int | None:
         return keeper.chunk(tokens, loop.kept_tokens)
@@ -207,6 +213,43 @@ def _speculation(
         return not (step is not None and step.graphed) and not client.stay(weights)
 
     return Speculation(asked, streams)
+
+
+def _draft(
+    arguments: argparse.Namespace,
+    store: Store,
+    client: WeightClient,
+    memory: Memory,
+    dtype: torch.dtype,
+) -> Draft | None:
+    """The draft model that the feeder has, if it is asked for. UsageError if there is none."""
+    from engine.draft import Draft
+    from engine.model import build_model
+    from engine.step import Step, supports
+
+    feeder = client.wait_for_feeder()
+    if Speculate.parse(arguments.speculate).mode != "draft":
+        return None
+    if not feeder.draft:
+        raise UsageError(
+            f"--speculate draft: feeder {arguments.name!r} has no draft model: start it with --draft"
+            " STORE, or give launch.py --speculate DIR"
+        )
+    draft_store = Store.open(Path(feeder.draft))
+    if draft_store.fingerprint != feeder.draft_fingerprint:
+        raise PeerError(
+            f"store {draft_store.path} is now {draft_store.fingerprint}, the feeder loaded"
+            f" {feeder.draft_fingerprint}: restart the feeder"
+        )
+    client.names += [f"draft {entry.name}" for entry in draft_store.weights]
+    first = len(store.weights)
+    model = build_model(draft_store, client, memory, dtype, arguments.attention, first)
+    reason = supports(model)
+    if reason:
+        log.debug("the draft's tokens take transformers' own forward pass: %s", reason)
+    step = None if reason or arguments.no_step else Step(model, client)
+    weights = range(first, first + len(draft_store.weights))
+    return Draft(model, step, client, weights, int(store.config["vocab_size"]))
 
 
 def _answer(

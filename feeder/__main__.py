@@ -27,6 +27,11 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="STORE", help="a store directory")
+    parser.add_argument(
+        "--draft",
+        metavar="STORE",
+        help="a small model's store, lent beside it for --speculate draft",
+    )
     parser.add_argument("--plan", action="store_true", help="say what to expect, and serve nothing")
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
     add_feeder(parser)

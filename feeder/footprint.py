@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from common.footprint import (
     model_context,
 )
 from common.store import Store
+
+if TYPE_CHECKING:
+    from feeder.draft_memory import DraftMemory
 
 #: A process's CUDA context with the kernels that it loads: about 0.5 GB, seen on an H100.
 CONTEXT_BYTES = 512 << 20
@@ -44,7 +48,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device. ``tokens``: of the KV cache; ``pass_tokens``: of the longest pass."""
+    """Bytes on the device. ``tokens``: of the KV cache; ``pass_tokens``: of the longest pass. A draft
+    model has slots of its own, which are no part of the cache, and a KV cache and residents."""
 
     contexts: int
     staging: int
@@ -55,16 +60,19 @@ class Footprint:
     slack: int
     tokens: int
     pass_tokens: int
+    draft_slots: int = 0
+    draft_engine: int = 0
 
     @property
     def engine_bytes(self) -> int:
         """What the engine allocates, its context left out."""
-        return self.residents + self.kv_cache + self.activations + self.scratch + self.slack
+        own = self.residents + self.kv_cache + self.activations + self.scratch + self.slack
+        return own + self.draft_engine
 
     @property
     def total(self) -> int:
         """Everything but the slots, of both processes."""
-        return self.contexts + self.staging + self.engine_bytes
+        return self.contexts + self.staging + self.draft_slots + self.engine_bytes
 
     def __str__(self) -> str:
         """``contexts 1.07 GB, staging …``, for errors and plans."""
@@ -76,6 +84,8 @@ class Footprint:
             f"activations of {self.pass_tokens:,} tokens": self.activations,
             "scratch for packed weights": self.scratch,
             "slack": self.slack,
+            "the draft model's slots": self.draft_slots,
+            "the draft model's KV cache, norms and biases": self.draft_engine,
         }
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
@@ -87,28 +97,40 @@ def footprints(
     limits: Limits,
     staging_bytes: int,
     packed: bool,
+    draft: DraftMemory | None = None,
 ) -> Iterator[Footprint]:
     """As it is best, and then with passes of fewer and fewer tokens, for devices that have less.
 
     ``packed``: whether any slot holds a packed weight.
     """
-    largest = max((entry.elements for entry in store.weights), default=0)
+    scratch = _scratch_bytes(store, dtype) if packed else 0
     most = model_context(store.config)
     tokens = min(limits.context or DEFAULT_CONTEXT, most)
     kv_cache = kv_bytes(store.config, tokens, dtype.itemsize)
     longest = min(tokens, LONGEST_PASS)
+    configs, draft_engine, growing = [store.config], 0, kv_cache
+    if draft is not None:
+        configs.append(draft.store.config)
+        draft_kv = kv_bytes(draft.store.config, tokens, dtype.itemsize)
+        draft_engine = _resident_bytes(draft.store, dtype, device) + draft_kv
+        growing += draft_kv
+        scratch += _scratch_bytes(draft.store, dtype) if draft.packed else 0
     while True:
-        activations = activation_bytes(store.config, longest, dtype.itemsize) + WORKSPACE_BYTES
+        # The two never compute at once: one takes what the other has let go of.
+        activations = max(activation_bytes(c, longest, dtype.itemsize) for c in configs)
+        activations += WORKSPACE_BYTES
         yield Footprint(
             contexts=0 if device.type == "cpu" else 2 * CONTEXT_BYTES,
             staging=staging_bytes,
             residents=_resident_bytes(store, dtype, device),
             kv_cache=kv_cache,
             activations=activations,
-            scratch=min(SCRATCH_ELEMENTS, largest) * dtype.itemsize if packed else 0,
-            slack=(kv_cache + activations) // SLACK_SHARE,
+            scratch=scratch,
+            slack=(growing + activations) // SLACK_SHARE,
             tokens=tokens,
             pass_tokens=longest,
+            draft_slots=0 if draft is None else draft.size_bytes,
+            draft_engine=draft_engine,
         )
         if longest <= PASS_STEP:
             return
@@ -141,7 +163,8 @@ def slot_room(
 ) -> Room:
     """What both bounds, the device and ``--vram``, leave for slots.
 
-    ``free_bytes``: of the device now, where the feeder's own context and staging are taken already,
+    ``free_bytes``: of the device now, where the feeder's own context and staging and a draft model's
+    slots are taken already,
     and the engine's share too, or most of it, if ``engine_runs``. ``given_bytes``: what slots have
     given up to the engine beyond its share.
     """
@@ -156,6 +179,11 @@ def slot_room(
     available = limits.vram_bytes - given_bytes
     asked = Room(footprint, available - total, "--vram gives", available, 0)
     return min(asked, device, key=lambda room: room.size_bytes)
+
+
+def _scratch_bytes(store: Store, dtype: torch.dtype) -> int:
+    largest = max((entry.elements for entry in store.weights), default=0)
+    return min(SCRATCH_ELEMENTS, largest) * dtype.itemsize
 
 
 def _resident_bytes(store: Store, dtype: torch.dtype, device: torch.device) -> int:

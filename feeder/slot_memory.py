@@ -18,6 +18,7 @@ from common.plan import Capacity, Plan
 from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
 from feeder.budget import Request, slot_formats, slot_sizes
+from feeder.draft_memory import SEGMENT, DraftMemory
 from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 
@@ -37,9 +38,10 @@ class SlotMemory:
         slots: str,
         staging: Callable[[bool], None],
         limits: Limits | None = None,
+        draft: DraftMemory | None = None,
     ) -> None:
         """``staging`` is told, before memory is shared out, whether slots are to be dequantized into.
-        It allocates in ``memory``, and nobody else does.
+        It allocates in ``memory``, and nobody else does, but for the ``draft`` that is there already.
 
         Raises MemoryShortageError where not even one weight fits.
         """
@@ -48,13 +50,14 @@ class SlotMemory:
         self._staging = staging
         self._directory, self._limits = directory, limits or Limits()
         self._given_bytes = 0  # to the engine, beyond its share
+        self.draft = draft
         self.formats = slot_formats(store, slots, strategy)
         self.sizes = slot_sizes(store, dtype, self.formats)
         self.plan = Plan(tuple(range(len(store.weights))))
         self._stage(self.formats)
         self.footprint = self._choose_footprint()
         self.capacity = self.fitting(strategy, cache, self.formats)
-        self.segment_id = 0
+        self.segment_id = SEGMENT + 1
         self._segment: Segment = memory.allocate(self.capacity.size_bytes)
 
     def fitting(
@@ -81,7 +84,7 @@ class SlotMemory:
         memory, free_bytes = self.memory, self.memory.free_bytes()
         choices = footprints(
             self.store, self.dtype, memory.device, self._limits, self._staging_bytes,
-            packed=PACKED in self.formats,
+            packed=PACKED in self.formats, draft=self.draft,
         )  # fmt: skip
         for footprint in choices:
             if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):
@@ -89,9 +92,11 @@ class SlotMemory:
         return footprint
 
     def _stage(self, formats: list[str]) -> None:
-        """There is no segment now: all that is allocated is the staging."""
+        """There is no segment now but a draft's: all else that is allocated is the staging."""
         self._staging(DEQUANTIZED in formats)
         self._staging_bytes = self.memory.allocated
+        if self.draft is not None:
+            self._staging_bytes -= self.draft.allocated_bytes
 
     def _room(self, footprint: Footprint, free_bytes: int) -> Room:
         if Lock.holder(self._directory / ENGINE_LOCK) is None:
