@@ -43,6 +43,17 @@ class Subject:
     capacity: Capacity
     all_fit: bool  # whether every weight would find a slot if the cache allowed it
     beside: str = ""  # what both processes take of the device beside the slots, part by part
+    draft: Draft | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft model, which is resident beside the slots."""
+
+    store: str
+    weights: int
+    packed_bytes: int
+    slot_bytes: int
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,13 @@ def lines(
 ) -> list[str]:
     """The plan for people, without a prefix."""
     told = [_machine_line(subject, around)]
+    if subject.draft is not None:
+        draft = subject.draft
+        told.append(
+            f"draft model {draft.store}, {format_bytes(draft.packed_bytes)} packed in"
+            f" {_weights(draft.weights)}: resident in {format_bytes(draft.slot_bytes)} of slots of its"
+            " own; what it saves is not reckoned with"
+        )
     if found is None:
         return [*told, f"{strategy}: {format_bytes(subject.capacity.size_bytes)} of slots"]
     packed, streamed = subject.traffic.packed, found.steady.streamed
@@ -85,6 +92,7 @@ def as_json(
         "arena_bytes": subject.capacity.size_bytes,
         "all_fit": subject.all_fit,
         "beside_slots": subject.beside,
+        "draft": asdict(subject.draft) if subject.draft else None,
         "device": around.device,
         "mps": around.mps,
         "measured": asdict(around.measured) if around.measured else None,
