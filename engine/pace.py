@@ -14,9 +14,9 @@ from typing import NamedTuple
 #: How often a guess is right at first, by the bit length of its match: of 0, 1, 2-3, 4-7 … tokens.
 BELIEVED = (0.0, 0.2, 0.35, 0.5, 0.7, 0.8, 0.85)
 BELIEF = 1.0  # guesses that this is worth: not many, since to see more of them costs nothing
-#: The same of a draft model's guesses, by their place in a row: it is learned by drafting alone, so a
-#: bad draft should be found out in a few.
-DRAFT_BELIEVED, DRAFT_BELIEF = (0.7,) * 5, 0.3
+#: The same of a draft model's guesses, all alike. That is learned by drafting alone, so a bad draft
+#: should be found out in a few.
+DRAFT_BELIEVED, DRAFT_BELIEF = (0.7,), 0.15
 FADE = 0.97  # of what was seen, with each guess: some thirty count
 #: What one more token in a pass is taken to cost, against a pass of one, where it is not measured.
 SLOPE = 0.01
@@ -110,8 +110,8 @@ class Pace:
         return self._rest > 0
 
     def choose(self, match: int, limit: int) -> Choice:
-        """How many candidates to check, at most ``limit``; the first follows a match of ``match``, or is
-        a draft's ``match``-th."""
+        """How many candidates to check, at most ``limit``; the first follows a match of ``match``; a
+        draft's are taken to be all alike."""
         if self._rest or not self._costs.known:
             return NOTHING  # what a pass of one costs must be known
         if self._drafts and not self._each:

@@ -23,6 +23,7 @@ from common.memory import Memory, Segment
 from common.store import Store, WeightEntry
 from common.verify import slot_checksum
 from feeder.budget import slot_sizes
+from feeder.footprint import DraftPart
 
 #: Slots of a draft are numbered from here on, those of the model from 0.
 FIRST_SLOT = 1 << 32
@@ -76,14 +77,14 @@ class DraftMemory:
         return self._segment.size_bytes
 
     @property
-    def packed(self) -> bool:
-        """Whether any of its slots holds a packed weight."""
-        return PACKED in self._formats
+    def part(self) -> DraftPart:
+        """What it is to a footprint."""
+        return DraftPart(self.store, self.size_bytes, PACKED in self._formats)
 
     def messages(self) -> Iterator[p.Message]:
         """All that a new engine has to be told. SlotCorruptError in verify mode, if a slot has changed."""
         segment = self._segment
-        yield p.Export(SEGMENT, segment.kind, segment.size_bytes, segment.handle, self.packed)
+        yield p.Export(SEGMENT, segment.kind, segment.size_bytes, segment.handle, self.part.packed)
         self._generation += 1
         for weight, kind in enumerate(self._formats):
             yield p.Grant(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,9 +23,6 @@ from common.footprint import (
     model_context,
 )
 from common.store import Store
-
-if TYPE_CHECKING:
-    from feeder.draft_memory import DraftMemory
 
 #: A process's CUDA context with the kernels that it loads: about 0.5 GB, seen on an H100.
 CONTEXT_BYTES = 512 << 20
@@ -44,6 +40,15 @@ class Limits:
 
     vram_bytes: int | None = None
     context: int | None = None
+
+
+@dataclass(frozen=True)
+class DraftPart:
+    """A draft model: ``slot_bytes`` are what its slots take, ``packed`` whether any of them is."""
+
+    store: Store
+    slot_bytes: int
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def footprints(
     limits: Limits,
     staging_bytes: int,
     packed: bool,
-    draft: DraftMemory | None = None,
+    draft: DraftPart | None = None,
 ) -> Iterator[Footprint]:
     """As it is best, and then with passes of fewer and fewer tokens, for devices that have less.
 
@@ -129,7 +134,7 @@ def footprints(
             slack=(growing + activations) // SLACK_SHARE,
             tokens=tokens,
             pass_tokens=longest,
-            draft_slots=0 if draft is None else draft.size_bytes,
+            draft_slots=0 if draft is None else draft.slot_bytes,
             draft_engine=draft_engine,
         )
         if longest <= PASS_STEP:
