@@ -15,6 +15,7 @@ from common.formats import PACKED
 from common.memory import Memory, memory_for
 from common.store import Store
 from engine.client import WeightClient
+from engine.draft import Draft
 from engine.ledger import Lease
 from engine.model import build_model
 from tests.processes import Process, Room
@@ -85,3 +86,12 @@ def model(
 def build(engine: Engine, attention: str = "auto") -> Qwen2ForCausalLM:
     """The model whose Linears an engine's client feeds."""
     return build_model(engine.store, engine.client, engine.memory, engine.dtype, attention)
+
+
+def draft(engine: Engine) -> Draft:
+    """The draft that the engine's feeder lends."""
+    store = Store.open(Path(engine.client.wait_for_feeder().draft))
+    first = len(engine.store.weights)
+    model = build_model(store, engine.client, engine.memory, engine.dtype, first_weight=first)
+    weights = range(first, first + len(store.weights))
+    return Draft(model, None, engine.client, weights, engine.store.config["vocab_size"])

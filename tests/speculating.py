@@ -72,18 +72,17 @@ class Watched(Speculation):
 
 
 class Always(Speculation):
-    """Has so many candidates drafted for every pass, whether or not they are right."""
+    """Has so many candidates drafted for every pass, whether or not that pays."""
+
+    resting = False  # type: ignore[assignment]
 
     def __init__(self, count: int) -> None:
         super().__init__(Speculate("draft"), clock=lambda: 0.0)
         self._count = count
 
-    def propose(self, limit: int, draft: Drafting | None = None) -> list[int]:
-        super().propose(0)
-        count = min(limit, self._count)
-        candidates = draft(count) if draft is not None and count > 0 else []
-        self._width, self._checked = 1 + len(candidates), list(candidates)
-        return candidates
+    def _candidates(self, limit: int, draft: Drafting | None) -> list[int]:
+        self._pace = self._drafted.pace
+        return self._draft(draft, min(limit, self._count)) if draft is not None else []
 
 
 class Lent:
