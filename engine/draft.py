@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from common.errors import PeerError
 from common.log import log
+from common.memory import Memory
+from common.store import Store
 from engine.cache import make_cache, past, reserve
 from engine.client import NotLent, WeightClient
-from engine.step import Step
+from engine.model import build_model
+from engine.step import Step, supports
 
 STEPPED = 8  # tokens that are read one by one, where a token is a single launch; more, in a pass
 PIECE = 1024  # tokens of the longest pass
@@ -35,6 +40,33 @@ class Drafted:
     chances: list[torch.Tensor | None] = field(default_factory=list)
 
 
+def lent_draft(
+    client: WeightClient,
+    store: Store,
+    memory: Memory,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    stepped: bool = True,
+) -> Draft:
+    """The draft that the client's feeder lends, for the model of ``store``. ``stepped``: whether it may
+    take single tokens by fused kernels. PeerError if its store is another by now."""
+    feeder = client.wait_for_feeder()
+    own = Store.open(Path(feeder.draft))
+    if own.fingerprint != feeder.draft_fingerprint:
+        raise PeerError(
+            f"store {own.path} is now {own.fingerprint}, the feeder loaded"
+            f" {feeder.draft_fingerprint}: restart the feeder"
+        )
+    client.names += [f"draft {entry.name}" for entry in own.weights]
+    weights = range(len(store.weights), len(store.weights) + len(own.weights))
+    model = build_model(own, client, memory, dtype, attention, weights.start)
+    reason = supports(model)
+    if reason:
+        log.debug("the draft's tokens take transformers' own forward pass: %s", reason)
+    step = None if reason or not stepped else Step(model, client)
+    return Draft(model, step, client, weights, int(store.config["vocab_size"]))
+
+
 class Draft:
     """``propose`` is all. One stream, one thread, one text at a time."""
 
@@ -50,9 +82,9 @@ class Draft:
         as the feeder knows them. ``vocabulary``: of the model that it guesses for, to which its logits
         are cut, or padded with tokens that it never guesses."""
         self._model, self._step, self._client = model, step, client
-        self._weights, self._vocabulary = weights, vocabulary
+        self._weights, self._target = weights, vocabulary
         config = model.config
-        self._tokens, self._context = int(config.vocab_size), int(config.max_position_embeddings)
+        self.vocabulary, self._context = int(config.vocab_size), int(config.max_position_embeddings)
         self._cache: DynamicCache | None = None
         self._read: list[int] = []  # tokens whose keys and values the cache has
         self._lent = True
@@ -62,7 +94,7 @@ class Draft:
         """At most ``count`` guesses at what follows ``ids``, [1, tokens], one after the other."""
         text = ids[0].tolist()
         count = min(count, self._context - len(text))
-        if count < 1 or max(text) >= self._tokens or not self._usable():
+        if count < 1 or max(text) >= self.vocabulary or not self._usable():
             return Drafted()
         try:
             return self._propose(ids, text, count, choose)
@@ -121,10 +153,10 @@ class Draft:
             for piece in ids.split(PIECE, dim=1):
                 named = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
                 logits = self._model(input_ids=piece, **named).logits[:, -1]
-        missing = self._vocabulary - logits.shape[1]
+        missing = self._target - logits.shape[1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        return logits[:, : self._vocabulary]
+        return logits[:, : self._target]
 
     def _cache_for(self, known: int, tokens: int) -> DynamicCache:
         """The cache with the first ``known`` tokens of what it had, and room for ``tokens``."""

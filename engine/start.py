@@ -223,9 +223,7 @@ def _draft(
     dtype: torch.dtype,
 ) -> Draft | None:
     """The draft model that the feeder has, if it is asked for. UsageError if there is none."""
-    from engine.draft import Draft
-    from engine.model import build_model
-    from engine.step import Step, supports
+    from engine.draft import lent_draft
 
     feeder = client.wait_for_feeder()
     if Speculate.parse(arguments.speculate).mode != "draft":
@@ -235,21 +233,8 @@ def _draft(
             f"--speculate draft: feeder {arguments.name!r} has no draft model: start it with --draft"
             " STORE, or give launch.py --speculate DIR"
         )
-    draft_store = Store.open(Path(feeder.draft))
-    if draft_store.fingerprint != feeder.draft_fingerprint:
-        raise PeerError(
-            f"store {draft_store.path} is now {draft_store.fingerprint}, the feeder loaded"
-            f" {feeder.draft_fingerprint}: restart the feeder"
-        )
-    client.names += [f"draft {entry.name}" for entry in draft_store.weights]
-    first = len(store.weights)
-    model = build_model(draft_store, client, memory, dtype, arguments.attention, first)
-    reason = supports(model)
-    if reason:
-        log.debug("the draft's tokens take transformers' own forward pass: %s", reason)
-    step = None if reason or arguments.no_step else Step(model, client)
-    weights = range(first, first + len(draft_store.weights))
-    return Draft(model, step, client, weights, int(store.config["vocab_size"]))
+    stepped = not arguments.no_step
+    return lent_draft(client, store, memory, dtype, arguments.attention, stepped)
 
 
 def _answer(

@@ -84,7 +84,7 @@ class SlotMemory:
         memory, free_bytes = self.memory, self.memory.free_bytes()
         choices = footprints(
             self.store, self.dtype, memory.device, self._limits, self._staging_bytes,
-            packed=PACKED in self.formats, draft=self.draft and self.draft.part,
+            packed=PACKED in self.formats, draft=self.draft.part if self.draft else None,
         )  # fmt: skip
         for footprint in choices:
             if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):

@@ -15,7 +15,7 @@ from common.formats import PACKED
 from common.memory import Memory, memory_for
 from common.store import Store
 from engine.client import WeightClient
-from engine.draft import Draft
+from engine.draft import Draft, lent_draft
 from engine.ledger import Lease
 from engine.model import build_model
 from tests.processes import Process, Room
@@ -90,8 +90,4 @@ def build(engine: Engine, attention: str = "auto") -> Qwen2ForCausalLM:
 
 def draft(engine: Engine) -> Draft:
     """The draft that the engine's feeder lends."""
-    store = Store.open(Path(engine.client.wait_for_feeder().draft))
-    first = len(engine.store.weights)
-    model = build_model(store, engine.client, engine.memory, engine.dtype, first_weight=first)
-    weights = range(first, first + len(store.weights))
-    return Draft(model, None, engine.client, weights, engine.store.config["vocab_size"])
+    return lent_draft(engine.client, engine.store, engine.memory, engine.dtype)

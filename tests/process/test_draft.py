@@ -80,10 +80,10 @@ class Interrupted(speculating.Always):
             call()
 
 
-def test_a_feeder_without_the_draft_takes_over(
+def test_feeders_with_another_draft_take_over(
     room: Room, demo_store: Path, draft_store: Path
 ) -> None:
-    """And one with another draft, and at last one with the same: the text goes on, by three feeders."""
+    """One has another draft, the next the same again: the text goes on, and drafting when it can."""
     model_flag = f"--model={demo_store}"
     feeders = [room.feeder(model_flag, f"--draft={draft_store}", "--cache=9")]
     drafted: list[int] = []
@@ -91,7 +91,6 @@ def test_a_feeder_without_the_draft_takes_over(
     def replace(*flags: str) -> None:
         drafted.append(speculation.figures()["drafted_passes"])
         os.kill(feeders[-1].pid, signal.SIGKILL)
-        feeders[-1].wait()
         feeders.append(room.feeder(model_flag, *flags))
 
     with fed.connected(room, feeders[0]) as engine:
@@ -101,16 +100,15 @@ def test_a_feeder_without_the_draft_takes_over(
         options = {"max_new_tokens": 44, "do_sample": False}
         plain = speculating.generate(model, prompt, speculating.loop(), **options)
         speculation.calls = {
-            10: replace,
-            20: lambda: replace(f"--draft={demo_store}"),
+            12: lambda: replace(f"--draft={demo_store}"),
             30: lambda: replace(f"--draft={draft_store}", "--cache=-1"),
         }
         assert speculating.generate(model, prompt, loop, **options) == plain
         drafted.append(speculation.figures()["drafted_passes"])
-        assert engine.client.lost_feeders == 3 and not speculation.calls
+        assert engine.client.lost_feeders == 2 and not speculation.calls
         assert engine.client.stay(range(len(engine.store.weights), len(engine.store.weights) + 1))
-    first, second, third, last = drafted
-    assert 0 < first <= second == third < last  # in the pass that was under way, perhaps
+    first, second, last = drafted
+    assert 0 < first <= second <= first + 1 < last  # that of a pass under way comes later
 
 
 def edited(directory: Path, edit: Callable[[dict[str, object]], object]) -> Path:
