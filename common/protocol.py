@@ -15,7 +15,7 @@ import msgpack
 
 from common.errors import ProtocolError
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_ITEMS = 1 << 16
@@ -64,6 +64,9 @@ class Export:
     size_bytes: int
     handle: bytes
     packed: bool
+    engine_bytes: (
+        int  # as in Welcome, from now on: another slot format leaves the engine another share
+    )
 
 
 @dataclass(frozen=True)

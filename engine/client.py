@@ -438,6 +438,7 @@ class WeightClient:
             raise
         self._ledger.add(export.segment, segment)
         self.packed = export.packed
+        memory.limit(export.engine_bytes)
 
     def _fields(self) -> p.Fields:
         stats = self.stats

@@ -31,9 +31,15 @@ class Advisor:
         self._listens: set[str] = set()
 
     def begin(
-        self, strategy: Strategy, plan: Plan, sizes: Sequence[int], capacity: Capacity
+        self,
+        strategy: Strategy,
+        plan: Plan,
+        sizes: Sequence[int],
+        capacity: Capacity,
+        copies: frozenset[int],
     ) -> None:
         """From now on this one is asked."""
+        strategy.copied = copies
         self.strategy, self._total = strategy, len(sizes)
         kind, own = type(strategy), "wanted" in vars(strategy)
         self.cyclic = kind.wanted is Cyclic.wanted and not own

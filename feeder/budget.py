@@ -64,6 +64,32 @@ class Request:
             )
         return Capacity(count, asked), None
 
+    def copies(
+        self, strategy: Strategy, capacity: Capacity, packed_sizes: Sequence[int]
+    ) -> frozenset[int]:
+        """Weights of which the strategy wants packed copies on the device, in the capacity's bytes.
+
+        ``packed_sizes``: of the copies, by weight. StrategyError if the answer makes no sense.
+        """
+        try:
+            answer = strategy.copies(self.plan, self.sizes, packed_sizes, capacity.size_bytes)
+        except Exception as error:
+            raise StrategyError(f"{strategy.name}: copies raises {error!r}: mend it") from error
+        total = len(self.sizes)
+        if not isinstance(answer, frozenset) or not all(
+            type(weight) is int and 0 <= weight < total for weight in answer
+        ):
+            raise StrategyError(
+                f"{strategy.name}: copies gives {answer!r:.100}, not a frozenset of weights"
+            )
+        left = capacity.size_bytes - sum(packed_sizes[weight] for weight in answer)
+        if left < max(self.sizes):
+            raise StrategyError(
+                f"{strategy.name}: copies leaves {left:,} bytes for slots, and the largest weight"
+                f" needs {max(self.sizes):,}"
+            )
+        return answer
+
     def _arena_bytes(self, strategy: Strategy, count: int) -> int:
         """What the strategy says; it may be a user's own."""
         try:

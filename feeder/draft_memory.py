@@ -81,10 +81,18 @@ class DraftMemory:
         """What it is to a footprint."""
         return DraftPart(self.store, self.size_bytes, PACKED in self._formats)
 
-    def messages(self) -> Iterator[p.Message]:
-        """All that a new engine has to be told. SlotCorruptError in verify mode, if a slot has changed."""
+    def messages(self, engine_bytes: int) -> Iterator[p.Message]:
+        """All that a new engine has to be told. ``engine_bytes``: what it may allocate, as every export
+        says. SlotCorruptError in verify mode, if a slot has changed."""
         segment = self._segment
-        yield p.Export(SEGMENT, segment.kind, segment.size_bytes, segment.handle, self.part.packed)
+        yield p.Export(
+            SEGMENT,
+            segment.kind,
+            segment.size_bytes,
+            segment.handle,
+            self.part.packed,
+            engine_bytes,
+        )
         self._generation += 1
         for weight, kind in enumerate(self._formats):
             yield p.Grant(

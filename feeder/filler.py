@@ -3,14 +3,15 @@
 On CUDA everything is queued and nothing waits. A packed slot is filled by one copy. For a dequantized
 one the packed bytes are copied into staging memory on one stream and dequantized from there on another.
 Staging does not wait for slots: weights that will be filled next are copied ahead, so that the link
-stays busy however few slots there are and however late one is given back.
+stays busy however few slots there are and however late one is given back. A weight of which a packed
+copy may stay on the device crosses the link once, and is dequantized from that copy at each fill.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,11 +33,13 @@ PIECE_ELEMENTS = 144 << 20
 
 
 class Filler(ABC):
-    """``streamed_bytes``: what has crossed the link so far."""
+    """``streamed_bytes``: what has crossed the link so far; ``link_bytes``: what the next fill of each
+    weight brings over it, 0 if a copy is on the device."""
 
     def __init__(self, host: HostStore, recorder: Recorder = SILENT) -> None:
         self.host = host
         self.streamed_bytes = 0
+        self.link_bytes = [entry.packed_bytes for entry in host.store.weights]
         self._recorder = recorder
 
     @abstractmethod
@@ -47,9 +50,18 @@ class Filler(ABC):
     def use_staging(self, on: bool) -> None:
         """Whether dequantized slots are going to be filled. No fill may be on its way."""
 
+    def use_copies(self, weights: Collection[int]) -> None:
+        """Of these, and of no others, a packed copy stays on the device once it is there. No fill may
+        be on its way, and all slots are dequantized. Only where there is a link to save."""
+
     @property
     def staging_bytes(self) -> int:
-        """How much packed data ``prefetch`` may be asked for; 0: it is of no use."""
+        """How much packed data may lie in staging."""
+        return 0
+
+    @property
+    def ahead_bytes(self) -> int:
+        """How much packed data ``prefetch`` may be asked for; 0: it is of no use now."""
         return 0
 
     def prefetch(self, weights: Iterable[int]) -> None:
@@ -88,11 +100,12 @@ class CpuFiller(Filler):
 
 @dataclass(eq=False)
 class _Piece:
-    """A run of whole blocks of one weight, on its way through staging."""
+    """A run of whole blocks of one weight, on its way through staging; or a copy that stays, whole."""
 
     first: int
     elements: int
-    offset_bytes: int = -1  # in staging
+    offset_bytes: int = -1  # in staging, or where the copies are
+    stays: bool = False
     arrived: torch.cuda.Event | None = None
     dequantized: Work | None = None
 
@@ -135,6 +148,9 @@ class CudaFiller(Filler):
         self._pieces = [self._cut(place.elements) for place in host.places]
         self._staging: Segment | None = None
         self._arena: Arena | None = None
+        self._copies: Segment | None = None
+        self._copy_at: dict[int, int] = {}  # where the copy of a weight is, or will be
+        self._copied: dict[int, torch.cuda.Event] = {}  # which are there, and since when
 
     def use_staging(self, on: bool) -> None:
         if on and self._staging is None:
@@ -147,9 +163,29 @@ class CudaFiller(Filler):
             self._staging.close()
             self._staging = self._arena = None
 
+    def use_copies(self, weights: Collection[int]) -> None:
+        if self._copies is not None:
+            torch.cuda.synchronize(self._memory.device)  # copies ahead may be on their way
+            self._copies.close()
+            self._copies = None
+            for weight in self._copied:
+                self.link_bytes[weight] = self.host.store.weights[weight].packed_bytes
+            self._copied.clear()
+        self._copy_at.clear()
+        size = 0
+        for weight in sorted(weights):
+            self._copy_at[weight] = size
+            size += aligned(self.host.places[weight].size_bytes)
+        if size:
+            self._copies = self._memory.allocate(size)
+
     @property
     def staging_bytes(self) -> int:
         return self._arena.size_bytes if self._arena else 0
+
+    @property
+    def ahead_bytes(self) -> int:
+        return self.staging_bytes if any(self.link_bytes) else 0
 
     def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
         if slot_format == PACKED:
@@ -158,7 +194,12 @@ class CudaFiller(Filler):
                 self._transfer(place.offset_bytes, destination.data_ptr(), place.size_bytes)
             self.streamed_bytes += self.host.store.weights[weight].packed_bytes
             return self._memory.mark(self._copy)
-        staged = self._ahead.pop(weight, None) or self._stage(weight)
+        if weight in self._copy_at:
+            self._bring(weight)
+            staged = self._stage_copy(weight)
+        else:
+            ahead = self._ahead.pop(weight, None)
+            staged = ahead if ahead is not None else self._stage(weight)
         staged.destination = destination
         self._filling.append(staged)
         self.move_on()
@@ -169,6 +210,9 @@ class CudaFiller(Filler):
             return  # what was started goes first
         wanted = list(weights)
         for weight in wanted:
+            if weight in self._copy_at:
+                self._bring(weight)
+                continue
             if len(self._pieces[weight]) > 1:
                 return  # larger than a piece: it would fill staging before its turn
             if weight in self._ahead:
@@ -199,8 +243,9 @@ class CudaFiller(Filler):
 
     def close(self) -> None:
         torch.cuda.synchronize(self._memory.device)
-        if self._staging is not None:
-            self._staging.close()
+        for segment in (self._staging, self._copies):
+            if segment is not None:
+                segment.close()
 
     # Pieces ------------------------------------------------------------------------------------
 
@@ -213,6 +258,27 @@ class CudaFiller(Filler):
     def _stage(self, weight: int) -> _Staged:
         pieces = [_Piece(first, elements) for first, elements in self._pieces[weight]]
         return _Staged(weight, pieces, to_copy=deque(pieces))
+
+    def _bring(self, weight: int) -> None:
+        """Begin to make the copy that stays, unless it has begun."""
+        if weight in self._copied:
+            return
+        assert self._copies is not None
+        place = self.host.places[weight]
+        to = self._copies.tensor.data_ptr() + self._copy_at[weight]
+        with self._recorder.copy(weight, place.size_bytes, self._copy):
+            self._transfer(place.offset_bytes, to, place.size_bytes)
+        self._copied[weight] = torch.cuda.Event()
+        self._copied[weight].record(self._copy)
+        self.streamed_bytes += self.link_bytes[weight]
+        self.link_bytes[weight] = 0
+
+    def _stage_copy(self, weight: int) -> _Staged:
+        piece = _Piece(
+            0, self.host.places[weight].elements, self._copy_at[weight], stays=True,
+            arrived=self._copied[weight],
+        )  # fmt: skip
+        return _Staged(weight, [piece], to_free=deque([piece]))
 
     def _copy_piece(self, staged: _Staged) -> bool:
         """Begin to copy the next piece, if staging has room."""
@@ -240,10 +306,11 @@ class CudaFiller(Filler):
         return True
 
     def _dequantize(self, staged: _Staged, piece: _Piece) -> None:
-        assert self._staging is not None and staged.destination is not None
+        source = self._copies if piece.stays else self._staging
+        assert source is not None and staged.destination is not None
         assert piece.arrived is not None
         self._compute.wait_event(piece.arrived)
-        at = self._staging.tensor[piece.offset_bytes :]
+        at = source.tensor[piece.offset_bytes :]
         size = code_bytes(piece.elements)
         scales_at = aligned(size)
         if len(staged.pieces) == 1:
@@ -255,6 +322,8 @@ class CudaFiller(Filler):
         piece.dequantized = self._memory.mark(self._compute)
 
     def _free(self, piece: _Piece) -> None:
+        if piece.stays:
+            return
         assert self._arena is not None and piece.arrived is not None
         self._arena.free(piece.offset_bytes)
         self._events.append(piece.arrived)

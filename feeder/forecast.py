@@ -43,6 +43,7 @@ class Subject:
     capacity: Capacity
     all_fit: bool  # whether every weight would find a slot if the cache allowed it
     beside: str = ""  # what both processes take of the device beside the slots, part by part
+    copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
     draft: Draft | None = None
 
 
@@ -116,7 +117,10 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:
     """``strategy``: a fresh one, which the simulation may use up."""
-    scheduler = Scheduler(subject.plan, subject.sizes, subject.capacity, strategy)
+    scheduler = Scheduler(
+        subject.plan, subject.sizes, subject.capacity, strategy,
+        copies=subject.copies, link_bytes=list(subject.traffic.packed),
+    )  # fmt: skip
     simulation = Simulation(scheduler, subject.traffic, machine)
     simulation.attach()
     steady = simulation.steady()

@@ -81,7 +81,8 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         traffic=Traffic.of([entry.elements for entry in store.weights], slots.sizes, packed),
         config=store.config,
         capacity=slots.capacity,
-        all_fit=everything.size_bytes >= sum(slots.sizes),
+        all_fit=everything.capacity.size_bytes >= sum(slots.sizes),
+        copies=slots.copies,
         beside=str(slots.footprint),
         draft=_draft_of(slots),
     )

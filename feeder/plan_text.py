@@ -31,7 +31,7 @@ def lines(
     resident = [weight for weight in subject.plan.order if weight not in streamed]
     resident_bytes = sum(packed[weight] for weight in resident)
     told.append(
-        f"{strategy}, {format_bytes(subject.capacity.size_bytes)} of slots:"
+        f"{strategy}, {format_bytes(subject.capacity.size_bytes)} of slots{_copies(subject)}:"
         f" {_weights(len(resident))} resident ({format_bytes(resident_bytes)} packed),"
         f" {_weights(len(streamed))} streamed"
         f" ({format_bytes(found.steady.streamed_bytes)} a token)"
@@ -90,6 +90,7 @@ def as_json(
         "strategy": strategy,
         "slots": subject.capacity.count,
         "arena_bytes": subject.capacity.size_bytes,
+        "copies": len(subject.copies),
         "all_fit": subject.all_fit,
         "beside_slots": subject.beside,
         "draft": asdict(subject.draft) if subject.draft else None,
@@ -138,6 +139,13 @@ def _machine_line(subject: Subject, around: Surroundings) -> str:
     if around.device == "cuda":
         told += f", MPS {'on' if around.mps else 'off'}"
     return told
+
+
+def _copies(subject: Subject) -> str:
+    if not subject.copies:
+        return ""
+    size = sum(subject.traffic.packed[weight] for weight in subject.copies)
+    return f" and {format_bytes(size)} of packed copies"
 
 
 def _weights(count: int) -> str:

@@ -109,13 +109,14 @@ class SwapRequests:
                 raise UsageError(f"slots {swap.slots!r} found: expected {', '.join(SLOTS)}")
             kind = swap.slots or slots.slots
             formats = slot_formats(slots.store, kind, strategy)
-            capacity = slots.fitting(strategy, cache, formats, instead=True)
+            share = slots.fitting(strategy, cache, formats, instead=True)
         except WeightFeederError as error:
             self._reply(peer, p.Failure("swap", str(error)))
             return
-        has = scheduler.capacity
+        has, capacity = scheduler.capacity, share.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        same = formats == slots.formats and not swap.cache
+        same = formats == slots.formats and bool(share.copies) == bool(slots.copies)
+        same = same and not swap.cache
         if same and (fits or cache.auto):
             slots.slots = kind
             scheduler.set_strategy(strategy)
@@ -165,7 +166,8 @@ class SwapRequests:
             return False
         self._resize = None
         strategy = resize.carry_out()
-        self._scheduler.resize(self._slots.capacity, strategy, self._slots.sizes)
+        slots = self._slots
+        self._scheduler.resize(slots.capacity, strategy, slots.sizes, slots.copies)
         self._begin_shrink()
         return True
 

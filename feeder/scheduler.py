@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from common.errors import InternalError
 from common.plan import Capacity, Plan
@@ -25,6 +26,8 @@ from feeder.target import NOTHING, Listed, Recent, Window
 #: own latency; little enough that a weight nobody foresaw does not wait behind a long queue.
 FILL_AHEAD_BYTES = 768 << 20
 FILL_AHEAD_COUNT = 8
+#: How far ahead of the slots is looked for what may be copied.
+LOOK_AHEAD_COUNT = 64
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Scheduler:
     """Slots, arena and strategy of one feeder.
 
     ``sizes``: bytes of each weight in a slot, by weight. The arena must hold the largest.
+    ``copies``: weights of which a packed copy is or will be on the device; ``link_bytes``: what a fill of
+    each weight brings over the link now, which may change; None: something.
     ``on_fallback`` is told, in one line, why a strategy was replaced by ``on-demand``;
     ``on_evict`` gets each slot just before it is freed.
     """
@@ -89,6 +94,8 @@ class Scheduler:
         first_generation: int = 0,
         on_fallback: Callable[[str], None] = lambda text: None,
         on_evict: Callable[[Slot], None] | None = None,
+        copies: frozenset[int] = frozenset(),
+        link_bytes: list[int] | None = None,
     ) -> None:
         self.sizes = tuple(aligned(size) for size in sizes)  # strategies see it: not to be changed
         if capacity.size_bytes < max(self.sizes):
@@ -100,6 +107,7 @@ class Scheduler:
         self.attached = False
         self._draining = False
         self._position = 0
+        self.copies, self.link_bytes = copies, link_bytes
         self._misses = self._misses_ahead = 0  # fills for this pass, and for the next
         self._filling_bytes = self._filling_count = 0
         self._no_room = False  # a wish found no extent, and waits for others to move
@@ -121,7 +129,7 @@ class Scheduler:
     def set_strategy(self, strategy: Strategy) -> None:
         """Replace the strategy between two weights; what lies in slots stays until it is in the way."""
         self._window, self._agenda.target, self._stale = None, NOTHING, True
-        self._advisor.begin(strategy, self.plan, self.sizes, self.capacity)
+        self._advisor.begin(strategy, self.plan, self.sizes, self.capacity, self.copies)
         for slot in self.slots:
             if slot.state is not State.FILLING:
                 self._tell("filled", slot.weight)
@@ -198,14 +206,19 @@ class Scheduler:
         return self._draining and not len(self.slots)
 
     def resize(
-        self, capacity: Capacity, strategy: Strategy, sizes: Sequence[int] | None = None
+        self,
+        capacity: Capacity,
+        strategy: Strategy,
+        sizes: Sequence[int] | None = None,
+        copies: frozenset[int] = frozenset(),
     ) -> None:
-        """Go on with an arena of another size, and weights of other ``sizes``. Only when ``drained``."""
+        """Go on with an arena of another size, weights of other ``sizes`` and other ``copies``. Only when
+        ``drained``."""
         if not self.drained:
             raise InternalError("the arena can be resized only when every slot is free")
         if sizes is not None:
             self.sizes = tuple(aligned(size) for size in sizes)
-        self.capacity = capacity
+        self.capacity, self.copies = capacity, copies
         self.arena = Arena(capacity.size_bytes)
         self._draining = False
         self._agenda.set_keep(frozenset(), self.sizes)
@@ -226,20 +239,21 @@ class Scheduler:
             self._grant(commands)
         return commands
 
-    def upcoming(self, limit_bytes: int, packed_sizes: Sequence[int]) -> list[int]:
+    def upcoming(self, limit_bytes: int, link_bytes: Sequence[int]) -> list[int]:
         """The weights that will be filled next: what is wanted and in no slot yet, then what the
-        strategy goes on with, for as long as their ``packed_sizes`` come to ``limit_bytes``."""
+        strategy goes on with, for as long as their ``link_bytes`` come to ``limit_bytes`` and they
+        are not more than LOOK_AHEAD_COUNT."""
         if self._draining:
             return []
         self._follow()
         found, room = [], limit_bytes
-        for weight in self._agenda.to_come():
-            room -= packed_sizes[weight]
+        for weight in islice(self._agenda.to_come(), LOOK_AHEAD_COUNT):
+            room -= link_bytes[weight]
             if room < 0:
                 break
             found.append(weight)
         # A strategy that failed while it was asked has been replaced.
-        return self.upcoming(limit_bytes, packed_sizes) if self._stale else found
+        return self.upcoming(limit_bytes, link_bytes) if self._stale else found
 
     @property
     def hit_rate(self) -> float:
@@ -453,6 +467,8 @@ class Scheduler:
             self._stale = True
 
     def _count_miss(self, weight: int) -> None:
+        if self.link_bytes is not None and not self.link_bytes[weight]:
+            return
         here = self.plan.position(weight)
         if here is not None and here < self._position:
             self._misses_ahead += 1

@@ -70,24 +70,15 @@ class Feeder:
         """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes;
         ``draft``: lent beside the slots, and closed with them."""
         self.slots = SlotMemory(
-            host.store,
-            memory,
-            dtype,
-            directory,
-            cache,
-            strategy,
-            slots,
-            filler.use_staging,
-            limits,
-            draft,
+            host.store, memory, dtype, directory, cache, strategy, slots, filler, limits, draft
         )
         self.scheduler = Scheduler(
             self.slots.plan, self.slots.sizes, self.slots.capacity, strategy,
             first_generation=int.from_bytes(os.urandom(4), "big"), on_fallback=log.error,
-            on_evict=self._evicted if verify else None,
+            on_evict=self._evicted if verify else None, copies=self.slots.copies,
+            link_bytes=filler.link_bytes,
         )  # fmt: skip
         self._store, self._memory, self._filler = host.store, memory, filler
-        self._packed_bytes = [entry.packed_bytes for entry in host.store.weights]
         self._verifier = Verifier(host, self.slots) if verify else None
         self._wakeup, self._signal = wakeup, SignalFlag(wakeup)
         self._fills: Pending[int] = Pending()
@@ -174,8 +165,8 @@ class Feeder:
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
             self._execute()
-        if ahead := self._filler.staging_bytes:
-            upcoming = self.scheduler.upcoming(ahead, self._packed_bytes)
+        if ahead := self._filler.ahead_bytes:
+            upcoming = self.scheduler.upcoming(ahead, self._filler.link_bytes)
             formats = self.slots.formats
             self._filler.prefetch([weight for weight in upcoming if formats[weight] != PACKED])
 
@@ -311,7 +302,7 @@ class Feeder:
                 draft_fingerprint=draft.store.fingerprint if draft else "",
             )
         )  # fmt: skip
-        for message in draft.messages() if draft else ():
+        for message in draft.messages(self.slots.engine_bytes) if draft else ():
             self._send(message)
         if not self._swap.waiting:
             self._export()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.arguments import Parser
-from common.blocks import packed_bytes
+from common.blocks import packed_bytes, packed_span
 from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
 from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
-from common.plan import Plan
+from common.plan import Capacity, Plan
 from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
 from common.store import Store
@@ -42,7 +42,7 @@ SLOT_BYTES = 2  # an element of a bf16 slot
 
 @dataclass(frozen=True)
 class Prediction:
-    """Per token, in the steady state."""
+    """Per token, in the steady state. ``arena_bytes``: of slots and of copies beside them."""
 
     ms: float
     hits: float
@@ -65,11 +65,21 @@ def predict(
     those that are not dequantized in their slots."""
     chosen = make_strategy(strategy)
     capacity, _ = request.capacity(chosen, 1 << 62)
-    scheduler = Scheduler(request.plan, request.sizes, capacity, chosen)
-    simulation = Simulation(scheduler, Traffic.of(elements, request.sizes, packed_slots), hardware)
+    size_bytes, copies = capacity.size_bytes, frozenset[int]()
+    if request.cache.count is None and not packed_slots and hardware.staging_bytes:
+        copy_bytes = [aligned(packed_span(count)) for count in elements]
+        copies = request.copies(chosen, capacity, copy_bytes)
+        slots_bytes = size_bytes - sum(copy_bytes[weight] for weight in copies)
+        capacity = Capacity(capacity.count, slots_bytes)
+    traffic = Traffic.of(elements, request.sizes, packed_slots)
+    scheduler = Scheduler(
+        request.plan, request.sizes, capacity, chosen,
+        copies=copies, link_bytes=list(traffic.packed),
+    )  # fmt: skip
+    simulation = Simulation(scheduler, traffic, hardware)
     simulation.attach()
     found = simulation.steady()
-    return Prediction(1000 * found.seconds, found.hits, found.streamed_bytes, capacity.size_bytes)
+    return Prediction(1000 * found.seconds, found.hits, found.streamed_bytes, size_bytes)
 
 
 def load_shape(text: str) -> tuple[list[str], list[int]]:

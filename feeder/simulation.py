@@ -99,6 +99,8 @@ class Simulation:
 
     def __init__(self, scheduler: Scheduler, traffic: Traffic, hardware: Hardware) -> None:
         self._scheduler, self._traffic, self._hardware = scheduler, traffic, hardware
+        self._near: dict[int, float] = {}  # copies that are there, or will be, and when
+        self._link_bytes = scheduler.link_bytes or list(traffic.packed)
         self._now = 0.0
         self._link_free = self._device_free = self._filler_free = 0.0
         self._events: list[tuple[float, int, str, int, int]] = []
@@ -213,9 +215,11 @@ class Simulation:
         """Dequantized once both the copy and the slot are there; of a copy that is still under way
         all pieces but the last are dequantized behind it."""
         hardware, size = self._hardware, self._traffic.packed[weight]
-        copied = self._staged.pop(weight, None)
-        if copied is None:
-            copied = self._copy(weight)
+        if weight in self._scheduler.copies:
+            copied = self._bring(weight)
+        else:
+            staged = self._staged.pop(weight, None)
+            copied = self._copy(weight) if staged is None else staged
         moving_s = self._traffic.moved[weight] / (hardware.device * DEQUANTIZE_SHARE)
         if hardware.dequantize and moving_s:
             self._filler_free = max(copied, self._filler_free) + size / hardware.dequantize
@@ -239,16 +243,25 @@ class Simulation:
         self.copied.append(weight)
         return self._link_free
 
+    def _bring(self, weight: int) -> float:
+        """When the copy that stays is there."""
+        if weight not in self._near:
+            self._near[weight] = self._copy(weight)
+            self._link_bytes[weight] = 0
+        return self._near[weight]
+
     def _copy_ahead(self) -> None:
         """Copy what will be filled next into staging memory, as far as that goes."""
         packed, limit_bytes = self._traffic.packed, self._hardware.staging_bytes
         if not limit_bytes:
             return
         room = limit_bytes - sum(packed[weight] for weight in self._staged)
-        for weight in self._scheduler.upcoming(limit_bytes, packed):
+        for weight in self._scheduler.upcoming(limit_bytes, self._link_bytes):
             if not self._traffic.moved[weight]:
                 continue  # copied straight into its slot
-            if weight not in self._staged and packed[weight] <= room:
+            if weight in self._scheduler.copies:
+                self._bring(weight)
+            elif weight not in self._staged and packed[weight] <= room:
                 room -= packed[weight]
                 self._staged[weight] = self._copy(weight)
 

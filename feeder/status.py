@@ -55,6 +55,7 @@ def status_fields(
         "packed_slots": slots.formats.count(PACKED),
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,
+        "copies": len(slots.copies),
         **{f"slots_{state.value}": count for state, count in states.items()},
         "standing": sum(slot.standing for slot in scheduler.slots),
         "full": scheduler.full,

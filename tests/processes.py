@@ -22,7 +22,7 @@ SHARED = Path("/dev/shm")
 ROOM_PREFIX = "wf-"
 
 #: How long something may take before a test calls it hung. Nothing is measured against it.
-PATIENCE_S = 90.0
+PATIENCE_S = 240.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Strategy:
         self.plan: Plan
         self.sizes: Sequence[int]
         self.capacity: Capacity
+        #: Weights of which a packed copy is, or will be, on the device: what ``copies`` answered.
+        self.copied: frozenset[int] = frozenset()
         #: Weights that stay: granted once, without a message at each use, until they leave the set.
         self.keep: frozenset[int] = frozenset()
 
@@ -33,6 +35,14 @@ class Strategy:
         """What ``weight`` is in its slot: "packed" or "dequantized". ``usual``: what --slots says. Asked
         when the slots are laid out, before ``begin``; a weight that cannot be packed never is."""
         return usual
+
+    def copies(
+        self, plan: Plan, sizes: Sequence[int], packed_sizes: Sequence[int], size_bytes: int
+    ) -> frozenset[int]:
+        """Weights of which a packed copy, of ``packed_sizes[weight]`` bytes, is to stay on the device
+        beside the slots: filling their slots crosses no link. Asked when memory is shared out, if
+        slots are dequantized and bytes bound them: copies and slots share ``size_bytes``."""
+        return frozenset()
 
     def begin(self, plan: Plan, sizes: Sequence[int], capacity: Capacity) -> None:
         """Called at the start, and again when the plan or the capacity changes.

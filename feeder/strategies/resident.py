@@ -2,16 +2,20 @@
 
 For a cyclic order no policy hits more than (N - k)/M, with k of the N slots left to stream through
 (M weights in the plan): LRU and FIFO hit nothing, because each evicts what is needed soonest.
+
+Where slots are dequantized and memory is short, packed copies on the device save the link four times as
+much as slots would: first all weights get a copy, then as many as still fit get a slot instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common.plan import Capacity, Plan, largest_window_bytes
 from feeder.strategies.cyclic import Cyclic
 
 STREAM_SLOTS = 4  # one read, one granted, two on the link: enough to keep the link busy
+SPLIT_BITS = 8  # how finely memory is split between slots and copies: in parts of 1/256
 
 
 def stream_slots(count: int, total: int) -> int:
@@ -38,13 +42,71 @@ class Resident(Cyclic):
         keep = _keep_by_count(plan, count)
         return _split_bytes(plan, sizes, keep, stream_slots(count, len(plan)))
 
+    def copies(
+        self, plan: Plan, sizes: Sequence[int], packed_sizes: Sequence[int], size_bytes: int
+    ) -> frozenset[int]:
+        if sum(sizes[weight] for weight in plan.order) <= size_bytes:
+            return frozenset()
+        split = _Split(plan, sizes, packed_sizes, size_bytes)
+        best = max(split.smallest(), key=split.near_bytes, default=size_bytes)
+        low, high = best, size_bytes  # the largest arena beside which all others have a copy
+        while split.all_near(best) and high - low > size_bytes >> SPLIT_BITS:
+            middle = (low + high) // 2
+            low, high = (middle, high) if split.all_near(middle) else (low, middle)
+        return split.copies(max(low, size_bytes, key=split.near_bytes))
+
     def begin(self, plan: Plan, sizes: Sequence[int], capacity: Capacity) -> None:
         super().begin(plan, sizes, capacity)
         keep = _keep_by_count(plan, capacity.count)
         streaming = stream_slots(capacity.count, len(plan))
-        if _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
-            keep = _keep_by_bytes(plan, sizes, capacity)
+        if self.copied or _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
+            keep = _keep_by_bytes(plan, sizes, capacity, self.copied)
         self.keep = keep
+
+
+class _Split:
+    """Memory of ``size_bytes`` for an arena of slots and, in the rest, packed copies."""
+
+    def __init__(
+        self, plan: Plan, sizes: Sequence[int], packed_sizes: Sequence[int], size_bytes: int
+    ) -> None:
+        self._plan, self._sizes, self._packed = plan, sizes, packed_sizes
+        self._size_bytes = size_bytes
+
+    def smallest(self) -> list[int]:
+        """Arenas in which only the weights larger than a threshold stay."""
+        order, sizes, found = self._plan.order, self._sizes, []
+        for threshold in {sizes[weight] for weight in order}:
+            keep = frozenset(weight for weight in order if sizes[weight] > threshold)
+            streaming = min(STREAM_SLOTS, len(order) - len(keep))
+            found.append(_split_bytes(self._plan, sizes, keep, streaming))
+        return [arena for arena in found if arena <= self._size_bytes]
+
+    def keep(self, arena: int) -> frozenset[int]:
+        """What stays in slots."""
+        return _keep_by_bytes(self._plan, self._sizes, Capacity(len(self._plan), arena))
+
+    def copies(self, arena: int) -> frozenset[int]:
+        """As many of the others as there is room for beside the arena, evenly spread."""
+        keep, room = self.keep(arena), self._size_bytes - arena
+        rest = [weight for weight in self._plan.order if weight not in keep]
+        low, high = 0, len(rest)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if self._bytes(spread(rest, middle)) <= room else (low, middle - 1)
+            )
+        return spread(rest, low)
+
+    def near_bytes(self, arena: int) -> int:
+        """Packed bytes that need not cross the link."""
+        return self._bytes(self.keep(arena) | self.copies(arena))
+
+    def all_near(self, arena: int) -> bool:
+        return self.near_bytes(arena) == self._bytes(self._plan.order)
+
+    def _bytes(self, weights: Iterable[int]) -> int:
+        return sum(self._packed[weight] for weight in weights)
 
 
 def _keep_by_count(plan: Plan, count: int) -> frozenset[int]:
@@ -52,8 +114,13 @@ def _keep_by_count(plan: Plan, count: int) -> frozenset[int]:
     return spread(plan.order, min(count, total) - stream_slots(count, total))
 
 
-def _keep_by_bytes(plan: Plan, sizes: Sequence[int], capacity: Capacity) -> frozenset[int]:
-    """The set that keeps the most bytes while what streams still has its slots.
+def _keep_by_bytes(
+    plan: Plan,
+    sizes: Sequence[int],
+    capacity: Capacity,
+    without: frozenset[int] = frozenset(),
+) -> frozenset[int]:
+    """The set, none of it in ``without``, that keeps the most bytes while what streams has its slots.
 
     A weight far larger than the others would force a stream area of its size, so every set "all
     that is larger than a threshold stays" is tried, and what room is left is spread over the rest.
@@ -67,10 +134,11 @@ def _keep_by_bytes(plan: Plan, sizes: Sequence[int], capacity: Capacity) -> froz
             and _split_bytes(plan, sizes, keep, streaming) <= capacity.size_bytes
         )
 
+    order = [w for w in plan.order if w not in without]
     best: frozenset[int] = frozenset()
-    for threshold in sorted({sizes[w] for w in plan.order}, reverse=True):
-        large = frozenset(w for w in plan.order if sizes[w] > threshold)
-        rest = [w for w in plan.order if sizes[w] <= threshold]
+    for threshold in sorted({sizes[w] for w in order}, reverse=True):
+        large = frozenset(w for w in order if sizes[w] > threshold)
+        rest = [w for w in order if sizes[w] <= threshold]
         if not fits(large):
             continue
         low, high = 0, len(rest)
