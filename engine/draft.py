@@ -87,8 +87,13 @@ class Draft:
         self.vocabulary, self._context = int(config.vocab_size), int(config.max_position_embeddings)
         self._cache: DynamicCache | None = None
         self._read: list[int] = []  # tokens whose keys and values the cache has
-        self._lent = True
+        self._lent, self._graphed = True, False
         self._full = False  # whether memory did not suffice
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the last token that it read was one launch."""
+        return self._graphed
 
     def propose(self, ids: torch.Tensor, count: int, choose: Choose) -> Drafted:
         """At most ``count`` guesses at what follows ``ids``, [1, tokens], one after the other."""
@@ -147,6 +152,7 @@ class Draft:
         if step is not None and count <= STEPPED and past(cache)[0].memory is not None:
             for token in ids.split(1, dim=1):
                 logits = step(token, cache)
+            self._graphed = step.graphed
         else:
             if step is not None:
                 step.rest()  # who holds leases must not wait for others
