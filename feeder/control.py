@@ -153,4 +153,6 @@ def table(fields: dict[str, Any]) -> list[str]:
         f" {format_bytes(fields['streamed_bytes'])} in {fields['fills']} fills",
         "engine": engine,
     }
+    if fields.get("draft"):
+        rows["draft"] = f"{fields['draft']}, {format_bytes(fields['draft_bytes'])} of slots"
     return [f"{name:9} {text}" for name, text in rows.items()]

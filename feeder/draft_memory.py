@@ -70,6 +70,8 @@ class DraftMemory:
         except BaseException:
             self.close()
             raise
+        finally:
+            store.close()  # its files are not read again
 
     @property
     def size_bytes(self) -> int:

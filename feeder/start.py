@@ -71,7 +71,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             )  # fmt: skip
         draft = None
         if draft_store is not None:  # before what is left is shared out
-            draft = DraftMemory(draft_store, memory, dtype, len(store.weights), arguments.verify)
+            with leash.guarding():
+                count = len(store.weights)
+                draft = DraftMemory(draft_store, memory, dtype, count, arguments.verify)
         outlook = Outlook(host, memory, dtype)
         wakeup = Wakeup()
         stack.callback(wakeup.close)

@@ -52,6 +52,8 @@ def status_fields(
         "dtype": str(slots.dtype).removeprefix("torch."),
         "strategy": scheduler.strategy.name,
         "cache": str(slots.cache),
+        "draft": str(slots.draft.store.path) if slots.draft else "",
+        "draft_bytes": slots.draft.size_bytes if slots.draft else 0,
         "packed_slots": slots.formats.count(PACKED),
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,

@@ -1,4 +1,4 @@
-"""A draft model on the GPU: packed, stepped through, and in a graph; what it proposes is what it would say."""
+"""A draft model on the GPU: packed, and a CUDA graph a token; it proposes what its model would say."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_it_proposes_what_its_model_would_say(room: Room, tmp_path: Path) -> Non
             whole = torch.tensor([text + found.tokens], device="cuda")
             logits = reference(whole).logits[0, len(text) - 1 : -1]
             chosen = logits.gather(1, whole[0, len(text) :, None])[:, 0]
-            assert (logits.max(-1).values - chosen < 0.05).all()
+            assert (logits.max(-1).values - chosen < 0.1 * logits.std(-1)).all()
             text += [*found.tokens[: turn % 7], (7 * turn) % 320]
         assert draft.graphed
 
