@@ -26,6 +26,7 @@ try:
         as_flags,
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
+    from common.checkpoint_kind import is_checkpoint
     from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.process import clear_run_directory, run_path
@@ -88,7 +89,9 @@ def _parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", metavar="DIR", help="a checkpoint or a store; default: the demo model"
+        "--model",
+        metavar="PATH",
+        help="a checkpoint (a directory, or a GGUF file) or a store; default: the demo model",
     )
     parser.add_argument(
         "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
@@ -165,7 +168,9 @@ def _speculation(arguments: argparse.Namespace) -> None:
     asked = Speculate.parse(arguments.speculate)
     arguments.draft = asked.draft
     if asked.draft is not None:
-        shared_vocabulary(_model(arguments), asked.draft)  # before anything is quantized
+        model = _model(arguments)
+        if model.is_dir():  # before anything is quantized; of a GGUF file the feeder sees
+            shared_vocabulary(model, asked.draft)
     elif asked.mode == "draft" and not arguments.engine_only:
         raise UsageError("--speculate draft: give the draft model's directory in its place")
     arguments.speculate = str(asked)
@@ -173,8 +178,10 @@ def _speculation(arguments: argparse.Namespace) -> None:
 
 def _model(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
-    if not model.is_dir():
-        raise UsageError(f"model {model} is no directory: give a checkpoint or a store")
+    if not is_checkpoint(model):
+        raise UsageError(
+            f"model {model} is no directory and no GGUF file: give a checkpoint or a store"
+        )
     return model
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.decode import Decoder, spread
 from common.errors import ConfigError
@@ -85,7 +85,7 @@ def _skeleton(store: Store, layers: int | None) -> Any:
     config.dtype = torch.bfloat16
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
     return model.to(torch.bfloat16)
 
 

@@ -155,9 +155,10 @@ def tokenize(arguments: argparse.Namespace, config: dict[str, Any], text: str) -
     import torch
     from transformers import AutoTokenizer
 
+    from common.families import windows
+
     length = min(arguments.length, config.get("max_position_embeddings", arguments.length))
-    if config.get("use_sliding_window"):
-        length = min(length, config.get("sliding_window") or length)
+    length = min([length, *(window for window in windows(config) if window is not None)])
     if not any((arguments.model / name).is_file() for name in _VOCABULARIES):
         # transformers would make an empty tokenizer of nothing
         raise UsageError(f"{arguments.model} has no tokenizer: put its tokenizer.json there")

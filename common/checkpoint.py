@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError, ConfigError
-from common.qwen2 import expected_tensors, is_tied, validate_config
+from common.families import expected_tensors, is_tied, validate_config
+from common.inside import leads_outside
 from common.safetensors_file import DTYPE_BYTES, SafetensorsError, TensorSpec, read_header
 from common.store_index import CONFIG_FILE, RESIDENT_DTYPES
 from common.strict_json import read_object
@@ -31,7 +32,10 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PIECE_ELEMENTS = 1 << 23  # whole blocks; 16 MiB in bf16
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+# How torch calls what checkpoints hold: values, and in quantized ones packed codes and shapes.
+TORCH_DTYPES = RESIDENT_DTYPES | {"I32": "int32", "I64": "int64"}
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _COMPANIONS = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
@@ -66,17 +70,12 @@ class Checkpoint:
         """
         path = Path(path)
         config = read_config(path)
-        weight_map = _read_weight_map(path)
-        places: dict[str, TensorPlace] = {}
-        for file in weight_files(path):
-            places |= _read_places(file, weight_map)
-        for name, file_name in weight_map.items():
-            if name not in places:
-                raise CheckpointError(
-                    f"{path / file_name} lacks {name!r}, which {INDEX_FILE} says it holds; "
-                    "fetch the checkpoint again"
-                )
-        return cls(path, config, _expected_places(path, config, places))
+        if config.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{path} is already quantized (its config has a quantization_config), expected an "
+                "original in bf16, fp16 or fp32"
+            )
+        return cls(path, config, expected_places(path, config, read_places(path)))
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """Read the tensor `name` as flat pieces of `PIECE_ELEMENTS`, the last one shorter.
@@ -85,22 +84,31 @@ class Checkpoint:
         for, since they share memory: fresh pages for each would take longer than the reading.
         Raises CheckpointError.
         """
-        import torch
+        return read_pieces(self.places[name])
 
-        place = self.places[name]
-        dtype = getattr(torch, RESIDENT_DTYPES[place.spec.dtype])
-        step = min(PIECE_ELEMENTS * DTYPE_BYTES[place.spec.dtype], place.spec.bytes)
-        buffer = torch.empty(step, dtype=torch.uint8)
-        try:
-            with place.file.open("rb", buffering=0) as file:
-                for first in range(0, place.spec.bytes, step):
-                    piece = buffer[: place.spec.bytes - first]
-                    _read_into(file.fileno(), piece.numpy().data, place.offset + first, step)
-                    yield piece.view(dtype)
-        except EOFError:
-            raise CheckpointError(f"{place.file} became shorter while {name} was read") from None
-        except OSError as error:
-            raise CheckpointError(f"{place.file} cannot be read: {error.strerror}") from error
+
+def read_pieces(place: TensorPlace) -> Iterator[torch.Tensor]:
+    """Read a tensor of any dtype that torch has, as `Checkpoint.pieces` does."""
+    import torch
+
+    dtype = getattr(torch, TORCH_DTYPES[place.spec.dtype])
+    step = min(PIECE_ELEMENTS * DTYPE_BYTES[place.spec.dtype], place.spec.bytes)
+    buffer = torch.empty(step, dtype=torch.uint8)
+    for first in range(0, place.spec.bytes, step):
+        piece = buffer[: place.spec.bytes - first]
+        read_bytes(place.file, place.offset + first, piece.numpy().data, step)
+        yield piece.view(dtype)
+
+
+def read_bytes(file: Path, offset: int, buffer: memoryview, ahead_bytes: int = 0) -> None:
+    """Fill `buffer` from `offset`, and have the kernel read ahead. Raises CheckpointError."""
+    try:
+        with file.open("rb", buffering=0) as opened:
+            _read_into(opened.fileno(), buffer, offset, ahead_bytes)
+    except EOFError:
+        raise CheckpointError(f"{file} became shorter while it was read") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -109,27 +117,22 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is not a directory" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}, expected a checkpoint directory")
     try:
-        config = read_object(path / CONFIG_FILE)
+        config = read_object(_inside(path, path / CONFIG_FILE))
     except ValueError as error:
-        raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a Qwen2 config") from error
+        raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a model's config") from error
     try:
         validate_config(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path} is already quantized (its config has a quantization_config), which is not "
-            "supported yet; use the original checkpoint in bf16, fp16 or fp32"
-        )
     return config
 
 
 def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files, sorted. Raises CheckpointError if it has none."""
     if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE]
+        return [_inside(path, path / SINGLE_FILE)]
     if (path / INDEX_FILE).exists():
-        return [path / name for name in sorted(set(_read_weight_map(path).values()))]
+        return [_inside(path, path / name) for name in sorted(set(_read_weight_map(path).values()))]
     if any(path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path} has pickled weights only (pytorch_model.bin), expected safetensors; convert "
@@ -139,9 +142,23 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def companion_files(path: Path) -> list[Path]:
-    """The tokenizer and generation files that go along with the weights, sorted by name."""
+    """The tokenizer and generation files that go along with the weights, sorted by name.
+
+    Raises CheckpointError for one that is a link to elsewhere: it would be copied into the store.
+    """
     found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name != INDEX_FILE)
+    return sorted(_inside(path, file) for file in found if file.name != INDEX_FILE)
+
+
+def _inside(path: Path, file: Path) -> Path:
+    """`file`, unless it is a link that leads out of the checkpoint's directory."""
+    real = leads_outside(path, file)
+    if real is not None:
+        raise CheckpointError(
+            f"{file} is a link to {real}, outside the checkpoint; "
+            "put the file itself there, if it is meant"
+        )
+    return file
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -149,7 +166,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if (path / SINGLE_FILE).exists() or not (path / INDEX_FILE).exists():
         return {}
     try:
-        weight_map = read_object(path / INDEX_FILE).get("weight_map")
+        weight_map = read_object(_inside(path, path / INDEX_FILE)).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path / INDEX_FILE}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -164,6 +181,21 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def read_places(path: Path) -> dict[str, TensorPlace]:
+    """All tensors that the files of a checkpoint directory have. Raises CheckpointError."""
+    weight_map = _read_weight_map(path)
+    places: dict[str, TensorPlace] = {}
+    for file in weight_files(path):
+        places |= _read_places(file, weight_map)
+    for name, file_name in weight_map.items():
+        if name not in places:
+            raise CheckpointError(
+                f"{path / file_name} lacks {name!r}, which {INDEX_FILE} says it holds; "
+                "fetch the checkpoint again"
+            )
+    return places
+
+
 def _read_places(file: Path, weight_map: dict[str, str]) -> dict[str, TensorPlace]:
     try:
         header = read_header(file)
@@ -176,12 +208,20 @@ def _read_places(file: Path, weight_map: dict[str, str]) -> dict[str, TensorPlac
     }
 
 
-def _expected_places(
-    path: Path, config: dict[str, Any], places: dict[str, TensorPlace]
+def expected_places(
+    path: Path,
+    config: dict[str, Any],
+    places: dict[str, TensorPlace],
+    elsewhere: Collection[str] = (),
 ) -> dict[str, TensorPlace]:
-    """Match the files against the config; returns the places of what it expects."""
+    """Match the files against the config; returns the places of what it expects.
+
+    elsewhere: names of Linears, without ".weight", whose weights come in another form.
+    Raises CheckpointError.
+    """
     linear, residents = expected_tensors(config)
-    shapes = {f"{name}.weight": shape for name, shape in linear.items()} | residents
+    here = {f"{name}.weight": linear[name] for name in linear if name not in elsewhere}
+    shapes: dict[str, tuple[int, ...]] = here | residents
     for name in shapes:
         if name not in places:
             raise CheckpointError(
@@ -194,7 +234,7 @@ def _expected_places(
             continue
         if name not in shapes:
             raise CheckpointError(
-                f"{place.file} has {name!r:.120}, which a Qwen2 of this config does not; "
+                f"{place.file} has {name!r:.120}, which a {config['model_type']} of this config does not; "
                 "is it a checkpoint of another kind?"
             )
         if place.spec.shape != shapes[name]:

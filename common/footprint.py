@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.qwen2 import attention_widths
+from common.families import attention_widths, windows
 
 #: What cuBLAS takes once, for good, however short the passes: two workspaces of 32 MiB.
 WORKSPACE_BYTES = 64 << 20
@@ -34,9 +34,26 @@ def kv_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
 def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     """The most that a pass of ``tokens`` tokens has allocated at once, KV cache left out.
 
-    Counts the tensors that live together in transformers' Qwen2 with an attention that makes no
+    Counts the tensors that live together in transformers' layers with an attention that makes no
     matrix of scores. Logits are of the last token only, as ``generate`` asks for them.
     """
+    return _unmasked_bytes(config, tokens, itemsize) + _mask_bytes(config, tokens, itemsize)
+
+
+def _mask_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
+    """What a pass takes for masks of its own accord: those of sliding windows that it reaches beyond."""
+    if not any(window is not None and window <= tokens for window in windows(config)):
+        return 0
+    return _masked_bytes(config, tokens, tokens, itemsize)
+
+
+def _masked_bytes(config: dict[str, Any], queries: int, keys: int, itemsize: int) -> int:
+    """An attention with a mask: the mask, and then torch wants keys and values for every head."""
+    query, _ = attention_widths(config)
+    return queries * keys * (1 + itemsize) + 2 * keys * query * itemsize
+
+
+def _unmasked_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     hidden, middle = int(config["hidden_size"]), int(config["intermediate_size"])
     query, key_value = attention_widths(config)
     mlp = 3 * middle * itemsize  # act(gate), up and their product
@@ -60,8 +77,6 @@ def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: 
 
 
 def split_bytes(config: dict[str, Any], tokens: int, chunk: int, itemsize: int) -> int:
-    """As `activation_bytes`, for a pass of ``chunk`` of a prompt's ``tokens``, the others before it:
-    its attention has a mask, and then torch wants keys and values for every head."""
-    query, _ = attention_widths(config)
-    mask = chunk * tokens * (1 + itemsize)
-    return activation_bytes(config, chunk, itemsize) + mask + 2 * tokens * query * itemsize
+    """As `activation_bytes`, for a pass of ``chunk`` of a prompt's ``tokens``, the others before it."""
+    masked = _masked_bytes(config, chunk, tokens, itemsize)
+    return _unmasked_bytes(config, chunk, itemsize) + masked

@@ -14,7 +14,7 @@ FORMATS = (DEQUANTIZED, PACKED)
 
 #: A run of so many elements of one row shares a scale if K is a multiple of it. What multiplies with
 #: packed weights works in such runs, and so many rows at a time; other weights go dequantized. All
-#: Qwen2 models have multiples.
+#: published models have multiples.
 RUN, ROWS = 64, 16
 
 

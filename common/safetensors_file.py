@@ -14,7 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -29,6 +29,8 @@ _DTYPES_OF_WIDTH = {
 }
 DTYPE_BYTES = {dtype: width for width, dtypes in _DTYPES_OF_WIDTH.items() for dtype in dtypes}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+MAX_DIMENSIONS = 8
+METADATA = {"format": "pt"}  # what this project's own files say of themselves
 _ALIGNMENT = 8
 
 
@@ -51,11 +53,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds: its tensors, and where each one's bytes begin, counted from 0."""
+    """What a file holds: its tensors, where each one's bytes begin, counted from 0, and what it says of
+    itself."""
 
     tensors: dict[str, TensorSpec]
     offsets: dict[str, int]
     file_bytes: int
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def layout(specs: Sequence[TensorSpec]) -> tuple[bytes, Header]:
@@ -64,7 +68,7 @@ def layout(specs: Sequence[TensorSpec]) -> tuple[bytes, Header]:
     The widest dtypes come first, so that each tensor is aligned to its own element.
     """
     ordered = sorted(specs, key=lambda spec: -DTYPE_BYTES[spec.dtype])
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
     for spec in ordered:
         span = [end, end + spec.bytes]
@@ -74,7 +78,7 @@ def layout(specs: Sequence[TensorSpec]) -> tuple[bytes, Header]:
     text += b" " * (-len(text) % _ALIGNMENT)
     start = 8 + len(text)
     offsets = {spec.name: start + entries[spec.name]["data_offsets"][0] for spec in ordered}
-    header = Header({spec.name: spec for spec in ordered}, offsets, start + end)
+    header = Header({spec.name: spec for spec in ordered}, offsets, start + end, METADATA)
     return struct.pack("<Q", len(text)) + text, header
 
 
@@ -123,6 +127,8 @@ def _parse_header(entries: dict[str, Any], start: int) -> Header:
     offsets: dict[str, int] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+                raise ValueError(f"__metadata__ is {entry!r:.40}, expected texts")
             continue
         spec, begin, end = _parse_entry(name, entry)
         tensors[name], offsets[name] = spec, start + begin
@@ -132,21 +138,23 @@ def _parse_header(entries: dict[str, Any], start: int) -> Header:
         if begin != position:
             raise ValueError(f"data begin at {begin}, expected {position}: a hole or an overlap")
         position = end
-    return Header(tensors, offsets, start + position)
+    return Header(tensors, offsets, start + position, entries.get("__metadata__", {}))
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict):
-        raise ValueError(f"tensor {name!r} is described by {entry!r:.40}, expected an object")
+        raise ValueError(f"tensor {name!r:.120} is described by {entry!r:.40}, expected an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
-    if not _is_sizes(shape) or not _is_sizes(span) or len(span) != 2:
-        raise ValueError(f"tensor {name!r} lacks a shape or two data_offsets of whole numbers")
+        raise ValueError(f"tensor {name!r:.120} has the unknown dtype {dtype!r:.40}")
+    if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _is_sizes(span) or len(span) != 2:
+        raise ValueError(
+            f"tensor {name!r:.120} lacks a shape or two data_offsets of sane whole numbers"
+        )
     spec = TensorSpec(name, dtype, tuple(shape))
     if span[1] - span[0] != spec.bytes:
         raise ValueError(
-            f"tensor {name!r} has {span[1] - span[0]} bytes, expected {spec.bytes} for "
+            f"tensor {name!r:.120} has {span[1] - span[0]} bytes, expected {spec.bytes} for "
             f"{dtype} {list(shape)}"
         )
     return spec, span[0], span[1]

@@ -1,7 +1,7 @@
 """A store: the INT4 model on disk, complete by itself. docs/format.md describes it by the byte.
 
-Owns opening a store and reading its tensors. `common.store_json` owns the index,
-`common.store_writer` the writing. Knows nothing of where the bytes go. Opening needs no torch,
+Owns reading a store's tensors. `common.store_check` owns what is checked first, `common.store_json` the
+index, `common.store_writer` the writing. Knows nothing of where the bytes go. Opening needs no torch,
 only reading does.
 """
 
@@ -13,21 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import store_json
 from common.checksum import checksum
 from common.errors import StoreCorruptError, StoreError
-from common.safetensors_file import Header, SafetensorsError, TensorSpec, read_header
-from common.store_index import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    INDEX_FILE,
-    Index,
-    ResidentEntry,
-    WeightEntry,
-    packed_specs,
-)
+from common.safetensors_file import SafetensorsError, read_header
+from common.store_check import read_checked
+from common.store_index import FORMAT_VERSION, ResidentEntry, WeightEntry
 from common.store_writer import StoreWriter
-from common.strict_json import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +53,7 @@ class Store:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     method: str | None = None  # how the weights were quantized, if the index says so
+    source_format: str | None = None  # what they were made from, if it says so
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
@@ -71,23 +63,12 @@ class Store:
     def open(cls, path: Path | str) -> Store:
         """Open the store in the directory `path` and check it against its format.
 
-        Checked are the index, the config, and every file's header and size. Raises StoreError,
-        in one line, if anything is missing, malformed, of another version or inconsistent.
+        Checked are the index, the config, every file's header and size, and the checksums of the
+        files that hold no tensors. Raises StoreError, in one line, if anything is missing,
+        malformed, of another version or inconsistent, or if a link leads out of the directory.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise StoreError(f"{path} is not a directory, expected a store")
-        if not (path / INDEX_FILE).exists():
-            raise StoreError(
-                f"{path} has no {INDEX_FILE}, so it is not a store; make one with: "
-                "python -m feeder.quantize MODEL_DIR STORE_DIR"
-            )
-        config = _read_json(path / CONFIG_FILE)
-        try:
-            index = store_json.parse(_read_json(path / INDEX_FILE), config)
-        except StoreError as error:
-            raise StoreError(f"{path / INDEX_FILE}: {error}") from error
-        _check_files(path, index)
+        index, config = read_checked(path)
         return cls(
             path=path,
             format_version=FORMAT_VERSION,
@@ -99,6 +80,7 @@ class Store:
             weights=index.weights,
             residents=index.residents,
             method=index.method,
+            source_format=index.source_format,
         )
 
     @property
@@ -198,39 +180,3 @@ class Store:
             if file not in self._handles:
                 self._handles[file] = safe_open(self.path / file, framework="pt").__enter__()
             return self._handles[file]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise StoreError(f"{path}: {error}") from error
-
-
-def _check_files(path: Path, index: Index) -> None:
-    """Check that the files hold exactly the tensors that the index names."""
-    expected: dict[str, list[TensorSpec]] = {}
-    for weight in index.weights:
-        expected.setdefault(weight.file, []).extend(packed_specs(weight.name, weight.shape))
-    for entry in index.residents:
-        spec = TensorSpec(entry.name, entry.dtype, entry.shape)
-        expected.setdefault(entry.file, []).append(spec)
-    for file, specs in expected.items():
-        try:
-            header = read_header(path / file)
-        except SafetensorsError as error:
-            raise StoreError(f"{error}; quantize the checkpoint again") from error
-        _check_header(path / file, header, specs)
-
-
-def _check_header(path: Path, header: Header, specs: list[TensorSpec]) -> None:
-    for spec in specs:
-        found = header.tensors.get(spec.name)
-        if found != spec:
-            what = f"{found.dtype} {list(found.shape)}" if found else "missing"
-            raise StoreError(
-                f"{path}: {spec.name} is {what}, expected {spec.dtype} {list(spec.shape)}"
-            )
-    if len(header.tensors) != len(specs):
-        extra = sorted(header.tensors.keys() - {spec.name for spec in specs})
-        raise StoreError(f"{path}: holds {extra[0]!r:.80}, which store.json does not name")

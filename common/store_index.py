@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from common.blocks import code_bytes, scale_count
-from common.qwen2 import model_dtype
+from common.families import model_dtype
 from common.safetensors_file import TensorSpec
 
 FORMAT = "weight-feeder"
@@ -57,8 +57,17 @@ class ResidentEntry:
 
 
 @dataclass(frozen=True)
+class FileEntry:
+    """A file of the store that holds no tensors: the config, the tokenizer's, and the like."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
 class Index:
-    """Everything that store.json says."""
+    """Everything that store.json says. ``files``: None in an index from before there was such a list."""
 
     fingerprint: str
     source_fingerprint: str | None
@@ -67,6 +76,8 @@ class Index:
     weights: tuple[WeightEntry, ...]
     residents: tuple[ResidentEntry, ...]
     method: str | None = None
+    files: tuple[FileEntry, ...] | None = None
+    source_format: str | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

@@ -3,19 +3,23 @@
 Owns what docs/format.md says about the index. Knows nothing of the files that it points to.
 """
 
+import json
 import math
 import re
 from typing import Any
 
 from common.blocks import BLOCK, code_bytes, scale_count
-from common.errors import ConfigError, StoreError
-from common.qwen2 import expected_tensors, is_tied, validate_config
+from common.checksum import checksum
+from common.errors import ConfigError, StoreCorruptError, StoreError
+from common.families import expected_tensors, is_tied, validate_config
 from common.safetensors_file import DTYPE_BYTES
 from common.store_index import (
+    CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
     RESIDENT_DTYPES,
     WEIGHT_DTYPE,
+    FileEntry,
     Index,
     ResidentEntry,
     WeightEntry,
@@ -24,13 +28,14 @@ from common.store_index import (
 )
 
 _FILE_NAME = re.compile(r"(weights|residents)-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_OTHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
-_METHOD = re.compile(r"[a-z0-9-]{1,32}")
+_WORD = re.compile(r"[a-z0-9-]{1,32}")
 
 
 def to_json(index: Index) -> dict[str, Any]:
     """`index` as the object that store.json holds; `parse` is the inverse."""
-    return {
+    data = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "fingerprint": index.fingerprint,
@@ -39,6 +44,7 @@ def to_json(index: Index) -> dict[str, Any]:
         "tied": index.tied,
         "block": BLOCK,
         **({} if index.method is None else {"method": index.method}),
+        **({} if index.source_format is None else {"source_format": index.source_format}),
         "weights": [
             {
                 "name": entry.name,
@@ -64,6 +70,19 @@ def to_json(index: Index) -> dict[str, Any]:
             for entry in index.residents
         ],
     }
+    if index.files is None:
+        return data
+    data["files"] = [
+        {"name": entry.name, "bytes": entry.bytes, "checksum": entry.checksum}
+        for entry in index.files
+    ]
+    return data | {"checksum": _own_checksum(data)}
+
+
+def _own_checksum(data: dict[str, Any]) -> str:
+    """Of everything that store.json says beside it, also of what this program does not know."""
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    return checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
@@ -71,13 +90,7 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
 
     Raises StoreError, in one line that does not yet name the directory.
     """
-    _require(data, "format", FORMAT)
-    version = data.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise StoreError(
-            f"format_version is {version!r:.40}, this program reads version {FORMAT_VERSION}; "
-            "quantize the checkpoint again, or use the release that wrote the store"
-        )
+    _require_version(data)
     _require(data, "block", BLOCK)
     try:
         validate_config(config)
@@ -97,19 +110,72 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     source = data.get("source_fingerprint")
     if source is not None and not (isinstance(source, str) and _CHECKSUM.fullmatch(source)):
         raise StoreError("source_fingerprint is neither null nor 32 hexadecimal digits")
-    method = data.get("method")
-    if method is not None and not (isinstance(method, str) and _METHOD.fullmatch(method)):
-        raise StoreError(f"method is {method!r:.40}, expected a short word such as 'absmax'")
+    method = _parse_word(data, "method", "absmax")
+    source_format = _parse_word(data, "source_format", "gptq")
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
-        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method
-    )
+        data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
+        parse_files(data), source_format,
+    )  # fmt: skip
+
+
+def parse_files(data: dict[str, Any]) -> tuple[FileEntry, ...] | None:
+    """The files without tensors that a parsed store.json names; None if it is from before it had them.
+
+    Raises StoreError, StoreCorruptError if store.json is not what was written, as its own checksum tells.
+    """
+    _require_version(data)
+    if "files" not in data and "checksum" not in data:
+        return None
+    found = data.get("checksum")
+    if found != (expected := _own_checksum(data)):
+        raise StoreCorruptError(
+            f"its own checksum is {expected}, expected {found!r:.40}; the store is damaged, "
+            "quantize the checkpoint again"
+        )
+    items = data.get("files")
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise StoreError(f"files is {items!r:.40}, expected a list of objects")
+    files = []
+    for item in items:
+        name, size, found = item.get("name"), item.get("bytes"), item.get("checksum")
+        if not isinstance(name, str) or not _OTHER_NAME.fullmatch(name):
+            raise StoreError(f"files: name is {name!r:.80}, expected a name such as {CONFIG_FILE}")
+        if type(size) is not int or size < 0:
+            raise StoreError(f"files: bytes of {name} is {size!r:.40}, expected a size")
+        if not isinstance(found, str) or not _CHECKSUM.fullmatch(found):
+            raise StoreError(
+                f"files: checksum of {name} is {found!r:.40}, expected 32 hexadecimal digits"
+            )
+        files.append(FileEntry(name, size, found))
+    names = [entry.name for entry in files]
+    if len(set(names)) != len(names) or CONFIG_FILE not in names:
+        raise StoreError(f"files names {len(names)} files, expected each once, {CONFIG_FILE} too")
+    return tuple(files)
+
+
+def _require_version(data: dict[str, Any]) -> None:
+    _require(data, "format", FORMAT)
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise StoreError(
+            f"format_version is {version!r:.40}, this program reads version {FORMAT_VERSION}; "
+            "quantize the checkpoint again, or use the release that wrote the store"
+        )
 
 
 def _require(data: dict[str, Any], key: str, expected: Any) -> None:
     found = data.get(key)
     if type(found) is not type(expected) or found != expected:
         raise StoreError(f"{key} is {found!r:.40}, expected {expected!r}")
+
+
+def _parse_word(data: dict[str, Any], key: str, example: str) -> str | None:
+    """A short word that may be absent."""
+    found = data.get(key)
+    if found is not None and not (isinstance(found, str) and _WORD.fullmatch(found)):
+        raise StoreError(f"{key} is {found!r:.40}, expected a short word such as {example!r}")
+    return found
 
 
 def _pair(data: dict[str, Any], key: str, expected: list[Any]) -> list[tuple[Any, Any]]:

@@ -21,15 +21,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from common.checksum import checksum
 from common.config import format_bytes
 from common.errors import InternalError, StoreError
+from common.families import expected_tensors, is_tied
 from common.partial_directory import PartialDirectory
-from common.qwen2 import expected_tensors, is_tied
 from common.safetensors_file import TensorSpec
 from common.shard_files import ShardFiles, refused
 from common.store_index import (
     CONFIG_FILE,
     INDEX_FILE,
+    FileEntry,
     Index,
     ResidentEntry,
     WeightEntry,
@@ -63,13 +65,15 @@ class StoreWriter:
         source_fingerprint: str | None = None,
         copies: Sequence[Path] = (),
         method: str | None = None,
+        source_format: str | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Plan a store in the directory `target`, which must not exist.
 
-        config: a validated Qwen2 config. resident_dtypes: "BF16", "F16" or "F32" for the name
+        config: a validated config. resident_dtypes: "BF16", "F16" or "F32" for the name
         of each resident that the config expects. copies: tokenizer files and the like, to go
-        along. method: how weights were quantized, for the index. A file holds up to
+        along. method, source_format: how weights were quantized, and what they were made from,
+        for the index. A file holds up to
         `shard_bytes`, or one weight or resident that is larger.
         """
         self._directory = PartialDirectory(Path(target))
@@ -77,6 +81,7 @@ class StoreWriter:
         self._source_fingerprint = source_fingerprint
         self._copies = tuple(copies)
         self._method = method
+        self._source_format = source_format
         self._stack = ExitStack()
         linear, shapes = expected_tensors(self._config)
         residents = [TensorSpec(name, resident_dtypes[name], shapes[name]) for name in shapes]
@@ -86,6 +91,10 @@ class StoreWriter:
         self._files.plan("residents", [[spec] for spec in residents], shard_bytes)
         self._weights = {name: self._blank_weight(name, shape) for name, shape in linear.items()}
         self._residents = {spec.name: self._blank_resident(spec) for spec in residents}
+        self._others = {
+            path.name: FileEntry(path.name, path.stat().st_size, _NO_CHECKSUM) for path in copies
+        }
+        self._others[CONFIG_FILE] = FileEntry(CONFIG_FILE, len(self._config_json()), _NO_CHECKSUM)
 
     @property
     def needed_bytes(self) -> int:
@@ -150,20 +159,21 @@ class StoreWriter:
             raise InternalError(f"{len(missing)} tensors were not added, {missing[0]} is one")
         for path in self._copies:
             with path.open("rb") as source:
-                self._write_new(path.name, source)
-        self._write_new(CONFIG_FILE, io.BytesIO(self._config_json()))
+                self._others[path.name] = self._write_new(path.name, source)
+        self._others[CONFIG_FILE] = self._write_new(CONFIG_FILE, io.BytesIO(self._config_json()))
         self._write_new(INDEX_FILE, io.BytesIO(self._index_json()))
         self._directory.publish()
 
-    def _write_new(self, name: str, source: BinaryIO) -> None:
-        path = self._directory.path / name
+    def _write_new(self, name: str, source: BinaryIO) -> FileEntry:
+        path, data = self._directory.path / name, source.read()
         try:
             with path.open("xb") as file:
-                shutil.copyfileobj(source, file)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise refused(path, error) from error
+        return FileEntry(name, len(data), checksum(data))
 
     def _require_room(self) -> None:
         parent = self._directory.target.parent
@@ -197,5 +207,7 @@ class StoreWriter:
             weights=weights,
             residents=residents,
             method=self._method,
+            files=tuple(self._others.values()),
+            source_format=self._source_format,
         )
         return json.dumps(to_json(index), indent=1).encode() + b"\n"

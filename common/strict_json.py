@@ -1,4 +1,4 @@
-"""Read JSON that others wrote, trusting nothing: bounded, UTF-8, finite numbers, no surprises.
+"""Read JSON that others wrote, trusting nothing: bounded, UTF-8, finite numbers, each key once.
 
 Owns the one way in which this project parses JSON files. Knows nothing of what they mean:
 callers turn its `ValueError` into their own error, naming the file.
@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
+MAX_DEPTH = 32  # of objects and lists in each other; a config has three
+MAX_DIGITS = 32  # of an integer: more than any size or offset has
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """Parse UTF-8 JSON whose top level is an object.
 
-    Raises ValueError, in one short clause, for anything else, NaN and Infinity included.
+    Raises ValueError, in one short clause, for anything else: also for NaN and Infinity, for numbers
+    that are too large, for a key that an object has twice, and for nesting beyond `MAX_DEPTH`.
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_short,
+            object_pairs_hook=_unique,
         )
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
@@ -31,6 +38,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError("JSON nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, expected an object")
+    _require_shallow(value)
     return value
 
 
@@ -60,3 +68,29 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]}, which is too large")
     return value
+
+
+def _short(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the number {text[:20]}..., which is too large")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.60} twice in one object")
+    return value
+
+
+def _require_shallow(value: dict[str, Any]) -> None:
+    """What is nested deeply would exhaust the stack of whoever walks it later."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for items in inner for child in items if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"JSON nested too deeply, expected at most {MAX_DEPTH} levels")

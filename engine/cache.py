@@ -1,11 +1,13 @@
 """The KV cache: one piece of memory a layer, written in place; to transformers a DynamicCache.
 
 What transformers' own does by concatenation (a copy of the whole past for each token) is here a view of
-the part that is filled, so results are the same.
+the part that is filled, so results are the same. A layer with a sliding window sees what it would see there,
+the window's part of the past; all of it stays, so that tokens can be taken back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ STEP_TOKENS = 256  # capacities are multiples of it
 class PastLayer(DynamicLayer):
     """``keys`` and ``values``: views [1, KV heads, length, head_dim] of memory for ``capacity`` tokens."""
 
-    def __init__(self, capacity: int, limit: int) -> None:
-        """``limit``: tokens that there can ever be; it does not grow ahead beyond them."""
+    def __init__(self, capacity: int, limit: int, window: int | None = None) -> None:
+        """``limit``: tokens that there can ever be; it does not grow ahead beyond them. ``window``: how
+        many a token looks back at, itself included; None for all."""
         super().__init__()
+        self.is_sliding, self.sliding_window = window is not None, window
         self.capacity, self._limit = capacity, limit
         self.memory: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -49,8 +53,19 @@ class PastLayer(DynamicLayer):
         for part, states in zip(self.memory, (key_states, value_states), strict=True):
             part[:, :, length:end] = states
         self.set_length(end)
+        first = self._first_seen(length)
         keys, values = self.memory
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, first:end], values[:, :, first:end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys ``update`` will give for so many tokens more, and the position of the first."""
+        length = self.get_seq_length()
+        first = self._first_seen(length)
+        return length + query_length - first, first
+
+    def _first_seen(self, length: int) -> int:
+        """The first position that the token at position ``length`` looks back at."""
+        return 0 if self.sliding_window is None else max(0, length + 1 - self.sliding_window)
 
     def grow(self, tokens: int) -> None:
         """Make room for at least so many tokens; those that are there stay."""
@@ -76,12 +91,21 @@ class PastLayer(DynamicLayer):
         return states.new_zeros((batch, heads, self.capacity, dim))
 
 
-def make_cache(layers: int, tokens: int, limit: int = 1 << 62) -> DynamicCache:
+def make_cache(
+    layers: int, tokens: int, limit: int = 1 << 62, windows: Sequence[int | None] = ()
+) -> DynamicCache:
     """A cache of so many layers, with room for ``tokens`` at first, and never for more than ``limit``
-    unless it must."""
+    unless it must. ``windows``: of each layer, if any has one."""
     cache = DynamicCache()
-    cache.layers = [PastLayer(rounded(tokens), limit) for _ in range(layers)]
+    cache.layers = [
+        PastLayer(rounded(tokens), limit, window) for window in windows or [None] * layers
+    ]
     return cache
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The window of each layer, by a transformers config: what transformers' own cache would have."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
 def reserve(cache: DynamicCache, tokens: int) -> None:

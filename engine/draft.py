@@ -19,7 +19,7 @@ from common.errors import PeerError
 from common.log import log
 from common.memory import Memory
 from common.store import Store
-from engine.cache import make_cache, past, reserve
+from engine.cache import make_cache, past, reserve, windows_of
 from engine.client import NotLent, WeightClient
 from engine.model import build_model
 from engine.step import Step, supports
@@ -167,8 +167,9 @@ class Draft:
     def _cache_for(self, known: int, tokens: int) -> DynamicCache:
         """The cache with the first ``known`` tokens of what it had, and room for ``tokens``."""
         if self._cache is None:
-            layers = self._model.config.num_hidden_layers
-            self._cache = make_cache(layers, tokens, self._context)
+            config = self._model.config
+            layers, windows = config.num_hidden_layers, windows_of(config)
+            self._cache = make_cache(layers, tokens, self._context, windows)
         for layer in past(self._cache):
             if layer.memory is not None:
                 layer.set_length(known)

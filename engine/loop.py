@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache
 
 from engine.acceptance import draw
-from engine.cache import make_cache, past, reserve, rounded
+from engine.cache import make_cache, past, reserve, rounded, windows_of
 from engine.draft import Draft, Drafted
 from engine.speculation import Speculation
 from engine.step import Step
@@ -158,7 +158,10 @@ class Loop:
         """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
         config = model.config
         cache = self._cache or make_cache(
-            config.num_hidden_layers, tokens, config.max_position_embeddings
+            config.num_hidden_layers,
+            tokens,
+            config.max_position_embeddings,
+            windows_of(config),
         )
         self._cache = cache
         for layer in past(cache):

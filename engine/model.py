@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
 
 from common.checkpoint import EMBEDDING
 from common.errors import ConfigError, StoreError
+from common.families import family_of, head_dim
 from common.memory import Memory
 from common.store import Store
+from common.store_index import CONFIG_FILE
 from engine.client import WeightClient
 from engine.embedding import host_table
 from engine.linear import FedLinear, Group
 from engine.packed import Products
 
 GENERATION_FILE = "generation_config.json"
-#: Linears of a layer that are given the same input one after the other.
-GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 ATTENTION = ("auto", "flash_attention_2", "sdpa", "eager")
 
 
@@ -47,24 +49,18 @@ def build_model(
     attention: str = "auto",
     first_weight: int = 0,
 ) -> PreTrainedModel:
-    """Qwen2ForCausalLM on ``memory.device`` in which every Linear that the store holds is a FedLinear.
+    """The model on ``memory.device``, in which every Linear that the store holds is a FedLinear.
 
     ``first_weight``: by what index the feeder knows the store's first weight.
-    Raises StoreError if store and model disagree, StoreCorruptError if a resident is damaged.
+    Raises ConfigError if transformers refuses the config, StoreError if store and model disagree,
+    StoreCorruptError if a resident is damaged.
     """
     device = memory.device
     if device.type == "cuda":
         # cuDNN's attention builds a plan for every new length of the KV cache: 25 ms for each token,
         # measured on an H100. docs/decisions/0005-no-cudnn-attention.md
         torch.backends.cuda.enable_cudnn_sdp(False)
-    config = AutoConfig.from_pretrained(store.path, local_files_only=True)
-    config._attn_implementation = choose_attention(attention, device, dtype)
-    config.dtype = dtype
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
-    # What no checkpoint holds (rotary frequencies) is computed at construction: do that for real.
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = _hollow(store, choose_attention(attention, device, dtype), device, dtype)
     residents = {}
     for entry in store.residents:
         tensor = store.read_resident(entry)
@@ -84,6 +80,31 @@ def build_model(
     if (store.path / GENERATION_FILE).is_file():
         model.generation_config = _generation_config(store)
     return model.eval().requires_grad_(False)
+
+
+def _hollow(store: Store, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of the store's config, by transformers' own class, with every parameter on meta."""
+    described = store.config | {
+        "head_dim": head_dim(store.config)
+    }  # for some families null is none
+    architecture = getattr(transformers, family_of(store.config).architecture)
+    try:
+        config = architecture.config_class.from_dict(described)
+        config._attn_implementation = attention
+        config.dtype = dtype
+        with torch.device("meta"):
+            model = architecture(config)
+        # What no checkpoint holds (rotary frequencies) is computed at construction: do that for real.
+        with torch.device(device):
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers has checks of its own, and many ways to say so
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{store.path / CONFIG_FILE}: transformers {transformers.__version__} refuses it: {reason}"
+        ) from error
+    return model
 
 
 def _generation_config(store: Store) -> GenerationConfig:
@@ -120,11 +141,11 @@ def _feed_linears(
         fed = FedLinear(client, index, entry.shape, dtype, bias, products)
         setattr(model.get_submodule(parent_name), name, fed)
     for layer in model.get_submodule("model.layers").children():
-        for parent_name, names in GROUPS.items():
-            parent = layer.get_submodule(parent_name)
-            members = [getattr(parent, name) for name in names]
-            if all(isinstance(member, FedLinear) for member in members):
-                Group(client, products, members)
+        for names in family_of(store.config).groups:
+            members = [layer.get_submodule(name) for name in names]
+            group = [member for member in members if isinstance(member, FedLinear)]
+            if len(group) == len(names):
+                Group(client, products, group)
 
 
 def _assign(model: nn.Module, residents: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""One token through a Qwen2 by fused kernels: a layer is four products and one attention.
+"""One token through a Qwen2, Llama or Mistral by fused kernels: a layer is four products, one attention.
 
 Replaces transformers' forward for decoding with packed weights on CUDA: the same mathematics, with
 activations in fp32 between the products. Weights are acquired as everywhere; what is not granted together,
@@ -18,8 +18,9 @@ import triton
 from torch import nn
 from transformers import DynamicCache
 
+from common.families import FAMILIES
 from common.formats import PACKED
-from engine.cache import PastLayer, head_dim, past
+from engine.cache import PastLayer, head_dim, past, windows_of
 from engine.client import WeightClient
 from engine.cuts import one_token_cut
 from engine.ledger import Lease
@@ -48,23 +49,38 @@ class _Layer:
     out: FedLinear
     gated: list[FedLinear]  # gate, up
     down: FedLinear
-    bias: torch.Tensor | None  # of q, k and v
+    bias: torch.Tensor | None  # of q, k and v, if they have one
     norm: torch.Tensor  # before attention
     norm_mlp: torch.Tensor
 
 
 def supports(model: Any) -> str:
     """ "" if the model can be stepped through, else the reason why not."""
+    if model.device.type != "cuda":
+        return "it is not on a GPU"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"its dtype is {model.dtype}"
+    return misfit(model)
+
+
+def misfit(model: Any) -> str:
+    """ "" if the step computes what the model's layers compute, on whatever device, else what differs."""
     config = model.config
+    if not FAMILIES[config.model_type].stepped:
+        return f"there is none for the family {config.model_type}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     dim = head_dim(config)
+    window = min((seen for seen in windows_of(config) if seen is not None), default=None)
+    longest = config.max_position_embeddings
     checks = [
-        (model.device.type == "cuda", "it is not on a GPU"),
-        (model.dtype in (torch.bfloat16, torch.float16), f"its dtype is {model.dtype}"),
         (config.hidden_act == "silu", f"its activation is {config.hidden_act}"),
         (dim in (32, 64, 128, 256), f"its heads have {dim} elements"),
         (rope in ROPE_TYPES, f"its rotary embedding is {rope}"),
-        (not getattr(config, "use_sliding_window", False), "it uses a sliding window"),
+        (
+            window is None or window >= longest,
+            f"its window of {window} is shorter than its context of {longest}",
+        ),
+        (all(map(_biased_as_stepped, model.model.layers)), "it has biases beside q, k and v's"),
         (config.hidden_size % BEGIN_SIZE == 0, f"its hidden size is {config.hidden_size}"),
         (config.intermediate_size % BEGIN_SIZE == 0, f"its width is {config.intermediate_size}"),
     ]
@@ -365,6 +381,16 @@ class Step:
         cosines, sines = self._model.model.rotary_emb(sample, positions)
         self._tables = (cosines[0].contiguous(), sines[0].contiguous())
         self._graph = None
+
+
+def _biased_as_stepped(layer: Any) -> bool:
+    """Whether q, k and v have biases all or none, and nothing else has."""
+    attention, mlp = layer.self_attn, layer.mlp
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    first = attention.q_proj.bias is None
+    return all(linear.bias is None for linear in others) and all(
+        (linear.bias is None) == first for linear in (attention.k_proj, attention.v_proj)
+    )
 
 
 def _layer(layer: Any) -> _Layer:

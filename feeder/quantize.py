@@ -1,7 +1,7 @@
 """Make a store from a checkpoint: `python -m feeder.quantize MODEL_DIR STORE_DIR`.
 
 Owns the walk over a checkpoint's tensors and the command line. Knows nothing of file formats
-(`common.checkpoint`, `common.store_writer`) nor of the arithmetic (`common.int4`, `feeder.methods`).
+(`feeder.checkpoints`, `common.store_writer`) nor of the arithmetic (`feeder.convert`, `feeder.methods`).
 
 One tensor at a time, in pieces, in the order of the checkpoint's files: memory holds one piece
 and one weight's codes. torch is imported late, so that a signal during its import is obeyed and
@@ -15,12 +15,14 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from common.arguments import Parser
 from common.blocks import BLOCK, code_bytes, scale_count
-from common.checkpoint import EMBEDDING, HEAD, Checkpoint, companion_files
+from common.checkpoint import EMBEDDING, HEAD
 from common.checkpoint_fingerprint import checkpoint_fingerprint
 from common.checksum import as_bytes
 from common.config import format_bytes
@@ -32,11 +34,14 @@ from common.progress import progress as show_progress
 from common.qwen2 import expected_tensors, is_tied
 from common.store import Store, StoreWriter
 from feeder import methods
+from feeder.checkpoints.recognize import open_source
 
 if TYPE_CHECKING:
     import torch
 
     from common.int4 import Rule
+    from feeder.checkpoints.source import Grouped, Part, Source
+    from feeder.convert import Tally
 
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
@@ -49,40 +54,53 @@ def quantize_checkpoint(
     poll: Callable[[], None] = lambda: None,
     method: str = methods.DEFAULT,
 ) -> Store:
-    """Quantize the checkpoint in `model_dir` into a new store in `store_dir`.
+    """Quantize the checkpoint at `model_dir`, of any kind that there is, into a new store in `store_dir`.
 
     device: "cpu", "cuda", "cuda:1", or "auto" for the GPU if there is one. progress: show it
     on stderr. poll: called between pieces; whatever it raises stops the work and leaves nothing.
-    method: one of `feeder.methods`.
+    method: one of `feeder.methods`; what a ready-made checkpoint has quantized is kept where it can be.
     Raises ConfigError, CheckpointError, StoreError, UsageError or MemoryShortageError.
     """
+    from feeder.convert import Tally
+
     rule = methods.rule(method)
-    checkpoint = Checkpoint.open(model_dir)
-    _, residents = expected_tensors(checkpoint.config)
-    writer = StoreWriter(
-        store_dir,
-        checkpoint.config,
-        {name: checkpoint.places[name].spec.dtype for name in residents},
-        source_fingerprint=checkpoint_fingerprint(model_dir),
-        copies=companion_files(checkpoint.path),
-        method=method,
-    )
-    places = sorted(checkpoint.places.values(), key=lambda place: (place.file, place.offset))
+    source = open_source(Path(model_dir))
+    parts = source.parts()
+    _, residents = expected_tensors(source.config)
     chosen = choose_device(device)
-    total_bytes = sum(place.spec.bytes for place in places)
-    with writer, show_progress(total_bytes, "quantizing", enabled=progress) as bar:
-        for place in places:
-            name = place.spec.name
-            pieces = _watched(checkpoint, name, poll, bar.update)
-            if name in residents:
-                writer.add_resident_pieces(name, _finite(name, pieces))
-            elif name == HEAD and is_tied(checkpoint.config):
-                _require_equal(pieces, checkpoint.pieces(EMBEDDING))
+    tally = Tally()
+    if source.note:
+        log.info(
+            "%s: %s checkpoint: %s; what a store cannot hold of it is quantized again by %s",
+            model_dir, source.kind, source.note, method,
+        )  # fmt: skip
+    with ExitStack() as stack:
+        scratch = stack.enter_context(TemporaryDirectory(prefix="weight-feeder-"))
+        writer = StoreWriter(
+            store_dir,
+            source.config,
+            {part.name: part.dtype for part in parts if part.name in residents},
+            source_fingerprint=checkpoint_fingerprint(model_dir),
+            copies=source.companions(Path(scratch)),
+            method=method,
+            source_format=source.kind,
+        )
+        stack.enter_context(writer)
+        total_bytes = sum(part.bytes for part in parts)
+        bar = stack.enter_context(show_progress(total_bytes, "quantizing", enabled=progress))
+        for part in parts:
+            pieces = _watched(source, part, chosen, poll, bar.update)
+            if part.name in residents:
+                writer.add_resident_pieces(part.name, _finite(part.name, pieces))
+            elif part.name == HEAD and is_tied(source.config):
+                _require_equal(pieces, source.pieces(EMBEDDING, chosen))
             else:
-                packed = _quantize(name, pieces, place.spec.shape, chosen, rule)
-                writer.add_weight(name.removesuffix(".weight"), place.spec.shape, *packed)
+                packed = _quantize(part, pieces, chosen, rule, tally)
+                writer.add_weight(part.name.removesuffix(".weight"), part.shape, *packed)
         poll()
         writer.commit()
+    if tally.blocks:
+        log.info("%s", tally.said(source.kind, method))
     return Store.open(store_dir)
 
 
@@ -104,13 +122,19 @@ def choose_device(device: str) -> torch.device:
 
 
 def _watched(
-    checkpoint: Checkpoint, name: str, poll: Callable[[], None], count: Callable[[int], object]
-) -> Iterator[torch.Tensor]:
+    source: Source,
+    part: Part,
+    device: torch.device,
+    poll: Callable[[], None],
+    count: Callable[[int], object],
+) -> Iterator[Any]:
     """The pieces of a tensor; polls before each, counts its bytes when it has been worked on."""
-    for piece in checkpoint.pieces(name):
+    elements, seen = math.prod(part.shape), 0
+    for piece in source.pieces(part.name, device):
         poll()
         yield piece
-        count(piece.nbytes)
+        before, seen = seen, seen + piece.numel()
+        count(part.bytes * seen // elements - part.bytes * before // elements)
 
 
 def _finite(name: str, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -122,7 +146,7 @@ def _finite(name: str, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]
         yield piece
 
 
-def _require_equal(head: Iterator[torch.Tensor], embedding: Iterator[torch.Tensor]) -> None:
+def _require_equal(head: Iterator[Any], embedding: Iterator[Any]) -> None:
     for one, other in zip(head, embedding, strict=True):
         if one.dtype != other.dtype or as_bytes(one) != as_bytes(other):
             raise CheckpointError(
@@ -132,33 +156,33 @@ def _require_equal(head: Iterator[torch.Tensor], embedding: Iterator[torch.Tenso
 
 
 def _quantize(
-    name: str,
-    pieces: Iterator[torch.Tensor],
-    shape: tuple[int, ...],
+    part: Part,
+    pieces: Iterator[torch.Tensor | Grouped],
     device: torch.device,
     rule: Rule,
+    tally: Tally,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales, on the CPU, of a weight that comes in pieces of whole blocks."""
     import torch
 
-    from common import int4
+    from feeder.convert import pack
 
-    elements = shape[0] * shape[1]
+    elements = math.prod(part.shape)
     codes = torch.empty(code_bytes(elements), dtype=torch.uint8)
     scales = torch.empty(scale_count(elements), dtype=torch.bfloat16)
     first = 0
-    for piece in pieces:
-        try:
-            piece_codes, piece_scales = int4.quantize(piece.to(device), rule)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        except torch.OutOfMemoryError as error:
-            raise MemoryShortageError(
-                f"the GPU has no room for {piece.nbytes >> 20} MiB of {name}; use --device cpu"
-            ) from error
-        codes[first // 2 :][: piece_codes.numel()] = piece_codes.cpu()
-        scales[first // BLOCK :][: piece_scales.numel()] = piece_scales.cpu()
-        first += piece.numel()
+    try:
+        for piece in pieces:
+            piece_codes, piece_scales = pack(piece, device, rule, tally if part.ready else None)
+            codes[first // 2 :][: piece_codes.numel()] = piece_codes.cpu()
+            scales[first // BLOCK :][: piece_scales.numel()] = piece_scales.cpu()
+            first += piece.numel()
+    except ValueError as error:
+        raise CheckpointError(f"{part.name}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortageError(
+            f"the GPU has no room for {part.name}, {list(part.shape)}; use --device cpu"
+        ) from error
     return codes, scales
 
 
@@ -190,7 +214,10 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint."
     )
-    parser.add_argument("model_dir", type=Path, help="a Qwen2 checkpoint in safetensors")
+    parser.add_argument(
+        "model_dir", type=Path,
+        help="a checkpoint in safetensors (bf16, fp16, fp32, GPTQ, AWQ, compressed-tensors) or a GGUF file",
+    )  # fmt: skip
     parser.add_argument("store_dir", type=Path, help="the store to make; must not exist")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument(

@@ -24,10 +24,10 @@ from common.checkpoint import companion_files
 from common.config import format_bytes
 from common.entry import run_process
 from common.errors import ConfigError
+from common.families import expected_tensors, validate_config
 from common.log import log
 from common.process import Leash, raise_on_termination
 from common.progress import progress as show_progress
-from common.qwen2 import expected_tensors, validate_config
 from common.shapes import SHAPES
 from common.store import Store, StoreWriter
 from common.strict_json import read_object

@@ -99,7 +99,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
 
 def _open(where: str) -> Store:
     path = Path(where).resolve()  # an engine may be started elsewhere
-    if not (path / "store.json").is_file() and (path / "config.json").is_file():
+    if path.is_file() or (not (path / "store.json").is_file() and (path / "config.json").is_file()):
         raise StoreError(
             f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
             " first, or launch.py, which does"

@@ -1,4 +1,4 @@
-"""Small random Qwen2 checkpoints, saved by transformers itself, and ways to damage them."""
+"""Small random checkpoints, saved by transformers itself, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from common.safetensors_file import TensorSpec, layout
 
 
@@ -46,9 +46,26 @@ def make_checkpoint(
         bos_token_id=0,
         eos_token_id=1,
     )
+    return save_random(path, config, dtype=dtype, shard_size=shard_size, seed=seed)
+
+
+def make_model(path: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """Save a random model of any family's config.json in `path`; returns `path`."""
+    return save_random(path, AutoConfig.for_model(**config), seed=seed)
+
+
+def save_random(
+    path: Path,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_size: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Save a random model of a transformers config in `path`; returns `path`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 centre = 1.0 if name.endswith("norm.weight") else 0.0

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2ForCausalLM
 
 from common import int4
 from common.formats import PACKED
@@ -77,13 +77,13 @@ def connected(room: Room, feeder: Process, name: str = "default") -> Iterator[En
 @contextmanager
 def model(
     room: Room, store: Path, *flags: object, attention: str = "auto"
-) -> Iterator[tuple[Qwen2ForCausalLM, Engine]]:
+) -> Iterator[tuple[Any, Engine]]:
     """The model as an engine builds it, with a feeder of its own."""
     with engine(room, store, *flags) as it:
         yield build(it, attention), it
 
 
-def build(engine: Engine, attention: str = "auto") -> Qwen2ForCausalLM:
+def build(engine: Engine, attention: str = "auto") -> Any:
     """The model whose Linears an engine's client feeds."""
     return build_model(engine.store, engine.client, engine.memory, engine.dtype, attention)
 

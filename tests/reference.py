@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from common import int4
 from feeder import methods
@@ -18,12 +19,12 @@ def reference_model(
     dtype: torch.dtype,
     device: str = "cpu",
     attention: str = "sdpa",
-) -> Qwen2ForCausalLM:
+) -> Any:
     """The checkpoint as transformers loads it, each Linear's weight quantized and dequantized.
 
     Goes from the checkpoint's own tensors through `common.int4` alone: no store, no host store.
     """
-    model = Qwen2ForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation=attention, local_files_only=True
     )
     original = load_tensors(checkpoint)
@@ -39,7 +40,7 @@ def reference_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def all_logits(model: Qwen2ForCausalLM) -> list[torch.Tensor]:
+def all_logits(model: Any) -> list[torch.Tensor]:
     """Logits of a batch's prefill, of three cached decode steps, and of a longer prompt."""
     vocabulary = model.config.vocab_size
     generator = torch.Generator().manual_seed(5)

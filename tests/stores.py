@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common import int4
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from common.store import StoreWriter, checksum
 
 CONFIG: dict[str, Any] = {

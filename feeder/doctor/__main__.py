@@ -10,17 +10,11 @@ from pathlib import Path
 
 from common.arguments import Parser
 from common.blocks import packed_bytes
-from common.errors import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    ConfigError,
-    UsageError,
-    WeightFeederError,
-)
-from common.qwen2 import expected_tensors, validate_config
+from common.checkpoint_kind import is_checkpoint
+from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, UsageError, WeightFeederError
+from common.qwen2 import expected_tensors
 from common.store import Store
-from common.strict_json import read_object
+from feeder.checkpoints.recognize import model_config
 from feeder.doctor import device, host, sharing, software
 from feeder.doctor.finding import Check, Patient, findings
 
@@ -45,18 +39,13 @@ CHECKS: list[Check] = [
 def model_bytes(model: str) -> int:
     """Bytes of a store's weights, or of those that a checkpoint will have. WeightFeederError."""
     path = Path(model).expanduser()
-    if not path.is_dir():
-        raise UsageError(f"model {path} is no directory: give a checkpoint or a store")
+    if not is_checkpoint(path):
+        raise UsageError(
+            f"model {path} is no directory and no GGUF file: give a checkpoint or a store"
+        )
     if (path / "store.json").is_file():
         return Store.open(path).packed_bytes
-    try:
-        config = read_object(path / "config.json")
-    except ValueError as error:
-        raise ConfigError(
-            f"{path / 'config.json'}: {error}: give a checkpoint or a store"
-        ) from error
-    validate_config(config)
-    linear, _ = expected_tensors(config)
+    linear, _ = expected_tensors(model_config(path))
     return sum(packed_bytes(math.prod(shape)) for shape in linear.values())
 
 

@@ -293,8 +293,8 @@ DAMAGES = {
     "resident": ("engine", "residents-00001-of-00001.safetensors", flip_a_bit, "the checksum of"),
     "cut-file": ("feeder", "weights-00001-of-00001.safetensors", cut, "is truncated"),
     "index": ("feeder", "store.json", cut, "not valid JSON"),
-    "tokenizer": ("engine", "tokenizer.json", cut, "the tokenizer in"),
-    "generation": ("engine", "generation_config.json", cut, "cannot be used"),
+    "tokenizer": ("feeder", "tokenizer.json", cut, "tokenizer.json: the checksum is of"),
+    "config": ("feeder", "config.json", cut, "config.json: the checksum is of"),
 }
 
 

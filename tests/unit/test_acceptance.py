@@ -17,6 +17,7 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
+    Qwen2Config,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -99,7 +100,7 @@ class Table:
         self.scores = 1.2 * torch.randn(
             (tokens, tokens), generator=torch.Generator().manual_seed(seed)
         )
-        self.config = SimpleNamespace(
+        self.config = Qwen2Config(
             num_hidden_layers=1, max_position_embeddings=64, vocab_size=tokens
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common import protocol
+from common.families import FAMILIES
 from common.slots import TRANSITIONS, State
 from feeder.strategies.registry import BUILT_IN
 
@@ -106,6 +107,13 @@ def test_protocol_names_every_failure_code() -> None:
 def test_readme_names_every_strategy() -> None:
     rows = re.findall(r"^\| `([a-z-]+)`(?: \(default\))? \| .+ \|$", read("README.md"), re.M)
     assert [name for name in rows if name in BUILT_IN] == list(BUILT_IN)
+
+
+def test_readme_names_every_family() -> None:
+    limits = read("README.md").partition("\n## Limits\n")[2].partition("\n## ")[0]
+    named = re.search(r"`model_type` (.+?)\)", limits)
+    assert named is not None
+    assert re.findall(r"\w+", named[1]) == list(FAMILIES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

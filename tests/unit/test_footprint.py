@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.families import expected_tensors
 from common.footprint import (
     PASS_STEP,
     activation_bytes,
@@ -19,7 +20,6 @@ from common.footprint import (
     pass_tokens,
     split_bytes,
 )
-from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
 from common.store import ResidentEntry, Store, WeightEntry
 from feeder.footprint import (
@@ -173,6 +173,26 @@ def test_a_part_of_a_prompt_by_hand() -> None:
     masked = 1024 * 8192 * 3  # a byte, and two of bfloat16
     heads = 2 * 8192 * 5120 * 2  # keys and values for each of 40 heads
     assert split_bytes(BIG, 8192, 1024, 2) == activation_bytes(BIG, 1024, 2) + masked + heads
+
+
+def test_a_window_takes_a_mask_where_a_prompt_reaches_beyond_it() -> None:
+    plain = SHAPES["mistral-7b"]
+    windowed = plain | {"sliding_window": 4096}
+    masked = (
+        4096 * 4096 * 3 + 2 * 4096 * 4096 * 2
+    )  # and keys and values for each of 32 heads of 128
+    assert activation_bytes(windowed, 4095, 2) == activation_bytes(plain, 4095, 2)
+    assert activation_bytes(windowed, 4096, 2) == activation_bytes(plain, 4096, 2) + masked
+    assert split_bytes(windowed, 8192, 1024, 2) == split_bytes(plain, 8192, 1024, 2)
+
+
+def test_heads_that_are_not_hidden_over_heads() -> None:
+    config = SHAPES["qwen3-32b"]  # 64 heads of 128, while hidden_size is 5120
+    assert kv_bytes(config, 1, 2) == 2 * 64 * 8 * 128 * 2
+    wide = config | {"intermediate_size": 64}
+    assert activation_bytes(wide, 1000, 2) - activation_bytes(wide, 0, 2) == 1000 * (
+        (6 * 64 * 128 + 8 * 8 * 128) * 2 + 2 * 5120 * 2
+    )
 
 
 def test_a_shortage_is_one_line_that_adds_up() -> None:

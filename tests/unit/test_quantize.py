@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from common import checkpoint, int4
-from common.errors import StoreError
-from common.qwen2 import expected_tensors
+from common.errors import CheckpointError, StoreError
+from common.families import expected_tensors
 from common.store import Store
 from feeder import methods
 from feeder.quantize import checkpoint_fingerprint, quantize_checkpoint
@@ -106,7 +106,11 @@ def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
 
 def test_config_of_transformers_4(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", dtype=torch.float16)
-    old = {"torch_dtype": "float16", "rope_theta": 1e6, "rope_scaling": {"type": "yarn"}}
+    old = {
+        "torch_dtype": "float16",
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "yarn", "factor": 4},
+    }
     edit_config(model, dtype=None, rope_parameters=None, **old)
     store = quantize_checkpoint(model, tmp_path / "store", device="cpu", progress=False)
     assert store.dtype == "float16"
@@ -135,13 +139,25 @@ def test_tokenizer_files_go_along_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_linked_files_are_read_as_the_hub_cache_has_them(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "model")
-    (tmp_path / "snapshot").mkdir()
-    for path in model.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    store = quantize_checkpoint(tmp_path / "snapshot", tmp_path / "store", "cpu", progress=False)
-    shutil.rmtree(model)
+    blobs = make_checkpoint(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    store = quantize_checkpoint(snapshot, tmp_path / "store", "cpu", progress=False)
+    shutil.rmtree(blobs)
     assert Store.open(tmp_path / "store").fingerprint == store.fingerprint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_links_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    (model / name).rename(tmp_path / name)
+    (model / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match="is a link to .*, outside the checkpoint"):
+        quantize_checkpoint(model, tmp_path / "store", "cpu", progress=False)
+    assert not (tmp_path / "store").exists()
 
 
 def test_poll_stops_the_work_and_leaves_nothing(tmp_path: Path) -> None:
@@ -233,6 +249,7 @@ def test_the_method_may_be_absent_and_must_be_a_word(tmp_path: Path) -> None:
     index = tmp_path / "store" / "store.json"
     content = json.loads(index.read_text())
     assert content.pop("method") == methods.DEFAULT
+    del content["files"], content["checksum"]  # as it was before it had them
     index.write_text(json.dumps(content))
     assert Store.open(tmp_path / "store").method is None
     for wrong in (7, "", "Two Words", "x" * 33, ["absmax"]):

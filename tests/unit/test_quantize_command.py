@@ -82,8 +82,8 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "another model": (
         "single",
-        lambda p: edit_config(p, model_type="llama"),
-        "model_type is 'llama', expected 'qwen2'",
+        lambda p: edit_config(p, model_type="gemma2"),
+        "model_type is 'gemma2', which is not supported; supported are qwen2",
     ),
     "absurd size": (
         "single",
@@ -100,10 +100,10 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: edit_config(p, dtype="float64"),
         "dtype is 'float64', expected one of bfloat16, float16, float32",
     ),
-    "quantized already": (
+    "quantized in a way that is not known": (
         "single",
-        lambda p: edit_config(p, quantization_config={"quant_method": "awq"}),
-        "already quantized",
+        lambda p: edit_config(p, quantization_config={"quant_method": "bitsandbytes"}),
+        "quant_method is 'bitsandbytes', expected one of gptq, awq, compressed-tensors",
     ),
     "no tensors": (
         "single",
@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "unknown weight": (
         "single",
         set_tensor("model.layers.0.mlp.extra.weight", torch.ones(3)),
-        "has 'model.layers.0.mlp.extra.weight', which a Qwen2 of this config does not",
+        "has 'model.layers.0.mlp.extra.weight', which a qwen2 of this config does not",
     ),
     "more layers than the config says": (
         "single",

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from common import int4
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from common.shapes import SHAPES
 from common.store import Store
 from feeder import random_store
@@ -81,10 +81,14 @@ def test_command_takes_a_config_layers_and_a_tokenizer(
 
 def test_known_shapes_have_the_sizes_of_their_models() -> None:
     """Parameters as the model cards say, embedding and head included."""
-    billions = {"0.5b": 0.49, "1.5b": 1.54, "7b": 7.62, "14b": 14.8, "32b": 32.8, "72b": 72.7}
-    assert {f"qwen2.5-{name}" for name in billions} == SHAPES.keys()
+    billions = {
+        "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-7b": 7.62, "qwen2.5-14b": 14.8,
+        "qwen2.5-32b": 32.8, "qwen2.5-72b": 72.7, "qwen3-8b": 8.19, "qwen3-32b": 32.8,
+        "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "mistral-7b": 7.25,
+    }  # fmt: skip
+    assert billions.keys() == SHAPES.keys()
     for name, expected in billions.items():
-        linear, residents = expected_tensors(SHAPES[f"qwen2.5-{name}"])
+        linear, residents = expected_tensors(SHAPES[name])
         shapes = [*linear.values(), *residents.values()]
         count = sum(torch.Size(shape).numel() for shape in shapes)
         assert count / 1e9 == pytest.approx(expected, rel=0.01)

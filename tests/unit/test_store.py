@@ -27,12 +27,30 @@ from tests.stores import CONFIG, LINEAR, RESIDENTS, resident, weight, write_stor
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stores") / "store"
-    return write_store(path, shard_bytes=800, source_fingerprint="0" * 32)
+    copies = []
+    for name, text in (("tokenizer.json", '{"a": 1}'), ("chat_template.jinja", "{{ messages }}")):
+        (path.parent / name).write_text(text)
+        copies.append(path.parent / name)
+    return write_store(path, shard_bytes=800, source_fingerprint="0" * 32, copies=copies)
+
+
+@pytest.fixture(scope="module")
+def unsealed(pristine: Path) -> Path:
+    """Without a checksum of the index, so that its fields are what is refused."""
+    path = shutil.copytree(pristine, pristine.parent / "unsealed")
+    edit_json(path / "store.json", lambda data: [data.pop(key) for key in ("files", "checksum")])
+    return path
 
 
 @pytest.fixture
-def copy(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "store")
+def sealed(pristine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "sealed")
+
+
+@pytest.fixture
+def copy(unsealed: Path, tmp_path: Path) -> Path:
+    """A copy without a checksum of the index, as they were before, so that its fields can be changed."""
+    return shutil.copytree(unsealed, tmp_path / "store")
 
 
 def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -163,7 +181,7 @@ def test_each_field_of_the_index_is_checked(
         (lambda path: (path / "store.json").write_text("[" * 10**6), "nested too deeply"),
         (lambda path: (path / "store.json").write_bytes(b'{"\xff": 1}'), "not UTF-8"),
         (lambda path: (path / "config.json").unlink(), "config.json: no such file"),
-        (lambda path: edit_json(path / "config.json", set_key("model_type", "llama")), "'llama'"),
+        (lambda path: edit_json(path / "config.json", set_key("model_type", "gemma2")), "'gemma2'"),
         (lambda path: edit_json(path / "config.json", set_key("vocab_size", 34)), "shape is [33"),
         (lambda path: next(path.glob("weights-00002*")).unlink(), "is missing"),
         (lambda path: os.truncate(next(path.glob("weights-00002*")), 100), "is truncated"),
@@ -178,6 +196,83 @@ def test_missing_and_broken_files_are_refused(
     with pytest.raises(StoreError, match=re.escape(message)) as caught:
         Store.open(copy)
     assert "\n" not in str(caught.value)
+
+
+def test_a_store_without_the_list_of_files_is_opened(copy: Path, sealed: Path) -> None:
+    assert Store.open(copy).fingerprint == Store.open(sealed).fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing, expected the file that store.json names"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "the checksum is of"),
+        (lambda path: path.write_bytes(path.read_bytes().swapcase()), "the store is damaged"),
+        (lambda path: (path.unlink(), path.mkdir()), "is missing, expected the file"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is missing, expected the file"),
+    ],
+)
+def test_files_without_tensors_are_checked_too(
+    sealed: Path, name: str, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(sealed / name)
+    with pytest.raises(StoreError, match=re.escape(message)) as caught:
+        Store.open(sealed)
+    assert str(caught.value).startswith(str(sealed / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_key("method", "absmin"), "store.json: its own checksum is"),
+        (set_key("a key of a later release", 1), "store.json: its own checksum is"),
+        (lambda d: d.pop("files"), "store.json: its own checksum is"),
+        (lambda d: d.pop("checksum"), "expected None; the store is damaged"),
+        (lambda d: d["files"][0].update(name="../x"), "its own checksum is"),
+    ],
+)
+def test_the_index_tells_of_its_own_damage(
+    sealed: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit_json(sealed / "store.json", edit)
+    with pytest.raises(StoreCorruptError, match=re.escape(message)):
+        Store.open(sealed)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (3, "files is 3, expected a list of objects"),
+        ([3], "files is [3], expected a list of objects"),
+        ([], "files names 0 files, expected each once, config.json too"),
+        ([{"name": "../x", "bytes": 1, "checksum": "0" * 32}], "name is '../x', expected a name"),
+        ([{"name": "x", "bytes": True, "checksum": "0" * 32}], "bytes of x is True, expected a"),
+        ([{"name": "x", "bytes": 1, "checksum": "0"}], "checksum of x is '0', expected 32 hex"),
+    ],
+)
+def test_a_list_of_files_that_makes_no_sense(sealed: Path, files: Any, message: str) -> None:
+    """Whoever makes it on purpose can make its checksum too."""
+    data = json.loads((sealed / "store.json").read_text()) | {"files": files}
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    data["checksum"] = checksum(text.encode())
+    (sealed / "store.json").write_text(json.dumps(data))
+    with pytest.raises(StoreError, match=re.escape(message)):
+        Store.open(sealed)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights-00001-of-00002.safetensors", "config.json", "store.json"]
+)
+def test_links_that_lead_out_of_the_store_are_refused(
+    sealed: Path, tmp_path: Path, name: str
+) -> None:
+    (sealed / name).rename(tmp_path / name)
+    (sealed / name).symlink_to(tmp_path / name)
+    with pytest.raises(StoreError, match="is a link to .*, outside the store"):
+        Store.open(sealed)
 
 
 def test_files_of_another_layout_are_refused(copy: Path, tmp_path: Path) -> None:
@@ -218,15 +313,15 @@ def mutate(data: Any, choose: random.Random, value: Any) -> None:
 @given(st.randoms(use_true_random=False), json_values, st.sampled_from(["store", "config"]))
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_json_is_opened_or_refused_never_more(
-    pristine: Path, choose: random.Random, value: Any, which: str
+    unsealed: Path, choose: random.Random, value: Any, which: str
 ) -> None:
-    file = pristine / f"{which}.json"
+    file = unsealed / f"{which}.json"
     intact = file.read_bytes()
     data = json.loads(intact)
     mutate(data, choose, value)
     try:
         file.write_text(json.dumps(data))
-        store = Store.open(pristine)
+        store = Store.open(unsealed)
     except StoreError as error:
         assert str(error).splitlines() == [str(error)]
     else:
@@ -238,10 +333,10 @@ def test_mutated_json_is_opened_or_refused_never_more(
 @given(st.data())
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_mutated_bytes_are_opened_or_refused_never_more(
-    pristine: Path, data: st.DataObject
+    unsealed: Path, data: st.DataObject
 ) -> None:
     files = ["store.json", "config.json", "weights-00001-of-00002.safetensors"]
-    file = pristine / data.draw(st.sampled_from(files))
+    file = unsealed / data.draw(st.sampled_from(files))
     intact = file.read_bytes()
     # Of a safetensors file only the header can matter to `open`.
     end = min(len(intact), 600)
@@ -250,7 +345,7 @@ def test_mutated_bytes_are_opened_or_refused_never_more(
     inserted = data.draw(st.binary(max_size=4))
     try:
         file.write_bytes(intact[:position] + inserted + intact[position + length :])
-        Store.open(pristine)
+        Store.open(unsealed)
     except StoreError as error:
         assert str(error).splitlines() == [str(error)]
     finally:

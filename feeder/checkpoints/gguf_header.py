@@ -1,0 +1,110 @@
+"""Whether a GGUF file's header can be believed, before the gguf package reads it.
+
+That package's reader takes lengths and counts from the file as they are: one damaged number makes it fill
+the memory. So the header is walked once, and every number in it is held against the file's size and against
+what models have. Keeps nothing of what it sees. The format is described in the ggml project's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import CheckpointError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_MOST_KEYS = 1 << 14
+_MOST_TENSORS = 1 << 17
+_MOST_ITEMS = 1 << 22  # of all arrays: a vocabulary of a million has a few arrays of that length
+_MOST_TEXT_BYTES = 16 << 20
+_MOST_DIMENSIONS = 4
+_MOST_ELEMENTS = 1 << 40
+
+
+def check_header(path: Path) -> None:
+    """Raises CheckpointError, in one line, unless the header of `path` is whole and of sane size."""
+    try:
+        with path.open("rb") as file:
+            _Walk(file).header()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no GGUF file that can be read: {error}") from error
+
+
+class _Walk:
+    """A walk through a header; ValueError says what is wrong, in one clause."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = os.fstat(file.fileno()).st_size
+        self._items = 0
+
+    def header(self) -> None:
+        magic = self._take(4)
+        if magic != _MAGIC:
+            raise ValueError(f"it begins with {magic!r}, expected {_MAGIC!r}")
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version is {version}, expected 2 or 3, little endian")
+        tensors = self._at_most(self._number("Q"), _MOST_TENSORS, "tensors")
+        keys = self._at_most(self._number("Q"), _MOST_KEYS, "keys")
+        for _ in range(keys):
+            self._text()
+            self._value(self._number("I"))
+        for _ in range(tensors):
+            self._tensor()
+
+    def _value(self, kind: int, in_array: bool = False) -> None:
+        if kind in _SCALAR_BYTES:
+            self._skip(_SCALAR_BYTES[kind])
+        elif kind == _STRING:
+            self._text()
+        elif kind == _ARRAY and not in_array:
+            item, count = self._number("I"), self._number("Q")
+            self._items += count
+            self._at_most(self._items, _MOST_ITEMS, "items in arrays")
+            if item in _SCALAR_BYTES:
+                self._skip(count * _SCALAR_BYTES[item])
+            else:
+                for _ in range(count):
+                    self._value(item, in_array=True)
+        else:
+            raise ValueError(f"a value has the type {kind}, which is not known here")
+
+    def _tensor(self) -> None:
+        self._text()
+        dimensions = self._at_most(self._number("I"), _MOST_DIMENSIONS, "dimensions of a tensor")
+        sizes = [self._number("Q") for _ in range(dimensions)]
+        self._at_most(math.prod(sizes), _MOST_ELEMENTS, "elements of a tensor")
+        self._skip(4 + 8)  # type and offset: the reader's tensors are held against the file later
+
+    def _text(self) -> None:
+        self._skip(self._at_most(self._number("Q"), _MOST_TEXT_BYTES, "bytes of a text"))
+
+    def _at_most(self, found: int, most: int, what: str) -> int:
+        if found > most:
+            raise ValueError(f"it says {found} {what}, expected at most {most}")
+        return found
+
+    def _number(self, kind: str) -> int:
+        return int(struct.unpack(f"<{kind}", self._take(struct.calcsize(f"<{kind}")))[0])
+
+    def _take(self, count: int) -> bytes:
+        self._use(count)
+        return self._file.read(count)
+
+    def _skip(self, count: int) -> None:
+        self._use(count)
+        self._file.seek(count, os.SEEK_CUR)
+
+    def _use(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("it ends within its header")
