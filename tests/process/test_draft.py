@@ -15,7 +15,6 @@ import pytest
 from common.errors import UsageError
 from common.store import Store
 from common.vocabulary import shared_vocabulary
-from engine.text import codec_for
 from feeder.quantize import quantize_checkpoint
 from tests import fed, speculating
 from tests.process.test_launch import DEMO_TEXT, summary_of
@@ -81,11 +80,14 @@ class Interrupted(speculating.Always):
 
 
 def test_feeders_with_another_draft_take_over(
-    room: Room, demo_store: Path, draft_store: Path
+    room: Room, small_store: Path, tmp_path: Path
 ) -> None:
     """One has another draft, the next the same again: the text goes on, and drafting when it can."""
-    model_flag = f"--model={demo_store}"
-    feeders = [room.feeder(model_flag, f"--draft={draft_store}", "--cache=9")]
+    small_draft = tmp_path / "draft"
+    checkpoint = small_store.parent / "model"
+    quantize_checkpoint(checkpoint, small_draft, "cpu", progress=False, method="absmax")
+    model_flag = f"--model={small_store}"
+    feeders = [room.feeder(model_flag, f"--draft={small_draft}", "--cache=4")]
     drafted: list[int] = []
 
     def replace(*flags: str) -> None:
@@ -96,17 +98,17 @@ def test_feeders_with_another_draft_take_over(
     with fed.connected(room, feeders[0]) as engine:
         model, speculation = fed.build(engine), Interrupted(4)
         loop = speculating.loop(speculation, fed.draft(engine))
-        prompt = codec_for(engine.store).encode("1.1+2.3=?", raw=False)
-        options = {"max_new_tokens": 44, "do_sample": False}
-        plain = speculating.generate(model, prompt, speculating.loop(), **options)
+        options = {"max_new_tokens": 44, "min_new_tokens": 44, "do_sample": False}
+        plain = speculating.generate(model, [5, 17, 300], speculating.loop(), **options)
         speculation.calls = {
-            12: lambda: replace(f"--draft={demo_store}"),
-            30: lambda: replace(f"--draft={draft_store}", "--cache=-1"),
+            12: lambda: replace(f"--draft={small_store}"),
+            26: lambda: replace(f"--draft={small_draft}", "--cache=-1"),
         }
-        assert speculating.generate(model, prompt, loop, **options) == plain
+        assert speculating.generate(model, [5, 17, 300], loop, **options) == plain
         drafted.append(speculation.figures()["drafted_passes"])
         assert engine.client.lost_feeders == 2 and not speculation.calls
-        assert engine.client.stay(range(len(engine.store.weights), len(engine.store.weights) + 1))
+        first_weight = len(engine.store.weights)
+        assert engine.client.stay(range(first_weight, 2 * first_weight))
     first, second, last = drafted
     assert 0 < first <= second <= first + 1 < last  # that of a pass under way comes later
 
