@@ -17,19 +17,24 @@ from pathlib import Path
 
 try:
     from common.arguments import (
-        Parser,
+        API_KEY_VARIABLE,
         add_chat,
         add_common,
         add_engine,
         add_feeder,
+        add_launcher,
         add_server,
         as_flags,
+        run_parser,
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.checkpoint_kind import is_checkpoint
     from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
+    from common.log import log, report_error, setup
+    from common.parser import Parser
     from common.process import clear_run_directory, run_path
+    from common.settings import CONFIG_VARIABLE
     from common.store import Store
     from common.supervise import Child, Supervisor
     from common.trace_file import TraceFile
@@ -46,26 +51,48 @@ ROOT = Path(__file__).resolve().parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_PROMPT = "1.1+2.3=?"
 
-_EPILOG = """\
-examples:
+_ABOUT = {
+    "": "Runs a Qwen2 model whose weights need not fit the GPU. Other commands, each with --help:\n"
+    "serve, chat, doctor, quantize, status, swap, stop, simulate, completion",
+    "serve": "Serves a model to programs that speak OpenAI's API, with a page of meters at /.",
+    "chat": "A conversation with a model, on this terminal.",
+}
+_EXAMPLES = {
+    "": """\
   python launch.py --cache 128
   python launch.py --model ~/models/Qwen2.5-7B-Instruct --cache 10GiB --prompt 'Hello'
-  python launch.py --model STORE --cache -1 --prompts in.jsonl --output out.jsonl
+  python launch.py --model STORE --prompts in.jsonl --output out.jsonl
   python launch.py --model STORE --speculate SMALL_MODEL
-  python launch.py --model STORE --plan
+manual: docs/cli.md; values for flags from variables and a file: docs/cli.md#settings
+""",
+    "serve": """\
   python launch.py serve --model STORE --port 8000
+  WEIGHT_FEEDER_API_KEY=… python launch.py serve --model STORE --host 0.0.0.0
+""",
+    "chat": """\
   python launch.py chat --model STORE
-  python launch.py doctor
-"""
+  python launch.py chat --model STORE --system 'Answer in one sentence.' --temperature 0.7
+""",
+}
 #: What the engine does, by the first word; without one it answers prompts.
 _COMMANDS = {"": add_engine, "serve": add_server, "chat": add_chat}
+#: Commands that run no model, and the modules that do them.
+_ELSEWHERE = {
+    "doctor": ["feeder.doctor"],
+    "quantize": ["feeder.quantize"],
+    "completion": ["manual.completion"],
+    **{name: ["feeder", name] for name in ("status", "swap", "stop", "simulate")},
+}
 
 
 def main(argv: list[str]) -> int:
     """Run the command line ``argv``; the exit code."""
-    if argv[:1] == ["doctor"]:
-        os.execv(sys.executable, [sys.executable, "-m", "feeder.doctor", *argv[1:]])
+    _let_children_import()
+    if argv and argv[0] in _ELSEWHERE:
+        module = _ELSEWHERE[argv[0]]
+        os.execv(sys.executable, [sys.executable, "-m", *module, *argv[1:]])
     arguments, feeder_actions, engine_actions = _parse(argv)
+    setup("launch", arguments.verbose)
     try:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
@@ -74,45 +101,49 @@ def main(argv: list[str]) -> int:
         with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
     except WeightFeederError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        report_error(str(error), error.exit_code)
         return error.exit_code
+
+
+def script() -> None:
+    """The console script ``weight-feeder``."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _let_children_import() -> None:
+    """Whatever directory this was called in, children find the rooms where this file is, and not
+    what happens to bear their names in that directory."""
+    if (ROOT / "pyproject.toml").is_file():  # a checkout; a package that is installed is found
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def make_parser(
+    command: str,
+) -> tuple[Parser, list[argparse.Action], list[argparse.Action], list[argparse.Action]]:
+    """The parser of a command, and its flags: the feeder's, the engine's, and those of both."""
+    called = "weight-feeder" if Path(sys.argv[0]).name == "weight-feeder" else "python launch.py"
+    examples = _EXAMPLES[command].replace("python launch.py", called)
+    parser = run_parser(command or "run", f"{called} {command}".rstrip(), _ABOUT[command], examples)
+    add_launcher(parser)
+    engine = _COMMANDS[command](parser)
+    feeder = add_feeder(parser)
+    return parser, feeder, engine, [*add_common(parser), parser.log_format]
 
 
 def _parse(
     argv: list[str],
 ) -> tuple[argparse.Namespace, list[argparse.Action], list[argparse.Action]]:
     command = argv[0] if argv and argv[0] in _COMMANDS else ""
-    parser = Parser(
-        prog=f"python launch.py {command}".rstrip(),
-        description="Runs a Qwen2 model whose weights need not fit the GPU.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model",
-        metavar="PATH",
-        help="a checkpoint (a directory, or a GGUF file) or a store; default: the demo model",
-    )
-    parser.add_argument(
-        "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
-    )
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument(
-        "--feeder-only", action="store_true", help="start no engine, print its command"
-    )
-    one.add_argument(
-        "--engine-only", action="store_true", help="start no feeder, print its command"
-    )
-    one.add_argument(
-        "--plan", action="store_true", help="say what to expect (--json: as JSON), and run nothing"
-    )
-    parser.add_argument(
-        "--debug", action="store_true", help="the engine under pdb, with this terminal as its input"
-    )
-    engine = _COMMANDS[command](parser.add_argument_group("engine"))
-    feeder = add_feeder(parser.add_argument_group("feeder"))
-    both = add_common(parser)
+    parser, feeder, engine, both = make_parser(command)
+    parser.check_word(argv, [*_COMMANDS, *_ELSEWHERE])
     arguments = parser.parse_args(argv[1:] if command else argv)
+    if arguments.config is not None:  # the quantizer reads settings, too
+        os.environ[CONFIG_VARIABLE] = arguments.config
+    if getattr(arguments, "api_key", None):  # which a command line would show to everybody here
+        os.environ[API_KEY_VARIABLE] = arguments.api_key
+        arguments.api_key = None
     arguments.command = command
     if command == "serve" and arguments.model_name is None:
         arguments.model_name = _model_name(arguments.model)
@@ -144,10 +175,10 @@ def _run(
         children.append(supervisor.start("engine", engine, foreground=on_terminal))
     wanted = {"model": _store(arguments)}
     if arguments.draft is not None:
-        wanted["draft"] = _cached_store(arguments.draft, arguments.device)
+        wanted["draft"] = _cached_store(arguments.draft, arguments)
     feeder += [f"--{which}={store}" for which, (store, _) in wanted.items()]
     if arguments.engine_only:
-        print(f"launch: the feeder's command: {shlex.join(feeder)}", file=sys.stderr)
+        log.info("the feeder's command: %s", shlex.join(feeder))
     else:
         for store, quantize in wanted.values():
             _quantize(store, quantize, supervisor)
@@ -157,7 +188,7 @@ def _run(
             return EXIT_OK
         children.append(supervisor.start("feeder", feeder))
     if arguments.feeder_only:
-        print(f"launch: the engine's command: {shlex.join(engine)}", file=sys.stderr)
+        log.info("the engine's command: %s", shlex.join(engine))
     supervisor.wait(until=children[0])
     return EXIT_OK
 
@@ -187,10 +218,12 @@ def _model(arguments: argparse.Namespace) -> Path:
 
 def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """The store directory, and the command that makes it if it has to be made."""
-    return _cached_store(_model(arguments), arguments.device, arguments.store)
+    return _cached_store(_model(arguments), arguments, arguments.store)
 
 
-def _cached_store(model: Path, device: str, place: str | None = None) -> tuple[Path, list[str]]:
+def _cached_store(
+    model: Path, arguments: argparse.Namespace, place: str | None = None
+) -> tuple[Path, list[str]]:
     """The same of ``model``, a checkpoint or a store. ``place``: for it, else the user's cache."""
     if (model / "store.json").is_file():
         return model, []
@@ -204,8 +237,9 @@ def _cached_store(model: Path, device: str, place: str | None = None) -> tuple[P
         _same_model(model, store)
         return store, []
     store.parent.mkdir(parents=True, exist_ok=True)
-    quantize = [sys.executable, "-m", "feeder.quantize", f"--device={device}"]
-    return store, [*quantize, str(model), str(store)]
+    quantize = [sys.executable, "-m", "feeder.quantize", f"--device={arguments.device}"]
+    logs = f"--log-format={arguments.log_format}"
+    return store, [*quantize, logs, str(model), str(store)]
 
 
 def _quantize(store: Path, command: list[str], supervisor: Supervisor) -> None:

@@ -6,16 +6,15 @@ import argparse
 import sys
 
 from bench.settings import SLOTS, STRATEGIES
-from common.arguments import Parser
 from common.config import Cache
 from common.entry import run_process
 from common.errors import UsageError
 from common.formats import DEQUANTIZED
+from common.parser import Parser
 from common.process import Leash
 
 PARTS = ("ceilings", "sweep", "ttft", "baselines", "plot")
-_EPILOG = """\
-examples:
+_EXAMPLES = """\
   python -m bench all --quick --output quick.json
   python -m bench all --shape qwen2.5-32b --output 32b.json --plot 32b.svg
   python -m bench sweep --store STORE --strategies resident --caches=16,8GiB,-1 --output 32b.json
@@ -24,11 +23,12 @@ examples:
 
 def parser() -> Parser:
     made = Parser(
+        "bench",
+        examples=_EXAMPLES,
+        usage="%(prog)s PART... [FLAGS]",
         prog="python -m bench",
         description="Measures ceilings, a sweep of strategies and caches, the time to the first"
         " token, and baselines.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
     add(
@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("--context", type=int, default=0, metavar="TOKENS", help="in the KV cache beforehand")
     add("--tokens", type=int, metavar="N", help="timed for each setting; default 10, quick 3")
     add("--time-limit", type=float, default=20.0, metavar="S", help="for them; two at least")
-    add("--prompt-tokens", type=_numbers, metavar="A,B", help="of ttft; default 16,512,4096")
+    add("--prompt-tokens", type=numbers, metavar="A,B", help="of ttft; default 16,512,4096")
     add("--baseline-layers", type=int, default=8, metavar="N", help="that accelerate offloads")
     add("--descends-cache", type=int, default=128, metavar="N", help="of the synchronous copy")
     add("--again", action="store_true", help="try once more what failed")
@@ -70,7 +70,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
 

@@ -1,21 +1,19 @@
 """What quantizing costs in quality: ``python -m bench.quality MODEL STORE --text FILE``.
 
 Compares the next-token distributions of a store with those of the checkpoint that it was made of.
-Without STORE, makes one by each method and compares them all. Owns the text and the figures;
-`bench.layerwise` runs the models. docs/quality.md says what the figures mean.
+Without STORE, makes one by each method and compares them all. Owns the command line and the table;
+`feeder.divergence` measures. docs/quality.md says what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +22,14 @@ from common.entry import run_process
 from common.errors import UsageError
 from common.log import log
 from common.process import Leash
-from feeder.methods import METHODS
+from feeder.methods import CALIBRATED, METHODS
+from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, tokenizer_home
 
-ROOT = Path(__file__).resolve().parent.parent
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _EPILOG = """\
 examples:
   python -m bench.quality ~/models/Qwen2.5-7B STORE --text wikipedia.txt --output 7b.json
   python -m bench.quality MODEL --methods absmax,search --text held-out.txt
 """
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokens [rows, length], padded with 0 at the end, and how many of each row are text."""
-
-    ids: Any
-    lengths: tuple[int, ...]
 
 
 def parser() -> Parser:
@@ -51,16 +40,20 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
+    everything = ",".join([*METHODS, *CALIBRATED])
     add("model", type=Path, help="the checkpoint")
     add("store", type=Path, nargs="?", help="the store; default: one by each of --methods")
-    add("--methods", default=",".join(METHODS), metavar="A,B", help="default: all")
-    add("--text", type=Path, metavar="FILE", help="default: this project's own documents")
+    add("--methods", default=everything, metavar="A,B", help=f"default: {everything}")
+    add("--text", type=Path, metavar="FILE", help="default: a sample that comes with Python")
     add("--paragraphs", action="store_true", help="each paragraph is a text of its own")
-    add("--tokens", type=int, default=16384, metavar="N", help="of the text, at most")
-    add("--length", type=int, default=512, metavar="N", help="tokens of a context, at most")
+    add("--tokens", type=int, default=MEASUREMENT.tokens, metavar="N", help="of it, at most")
+    add("--length", type=int, default=MEASUREMENT.length, metavar="N", help="of a context, at most")
+    add("--calibration", type=Path, metavar="FILE", help="for gptq; default: of the same sample")
+    add("--calibration-tokens", type=int, default=CALIBRATION.tokens, metavar="N", help="of it")
     add("--layers", action="store_true", help="also the error of each layer")
     add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     add("--dtype", default="float32", choices=DTYPES, help="of both models' arithmetic")
+    add("--json", action="store_true", help="print the figures as JSON, not as a table")
     add("--output", metavar="FILE.json", help="write the figures there, too")
     return made
 
@@ -72,77 +65,94 @@ def main(argv: list[str]) -> int:
 
 def _work(arguments: argparse.Namespace, leash: Leash) -> None:
     from bench.record import finish
-    from common.checksum import checksum
 
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"output {arguments.output}: its directory does not exist")
-    if arguments.tokens < 2 or arguments.length < 2:
-        raise UsageError("--tokens and --length: expected at least 2")
-    text = _text(arguments.text)
+    excerpt = Excerpt(
+        arguments.text, arguments.tokens, arguments.length, measured=True,
+        paragraphs=arguments.paragraphs,
+    )  # fmt: skip
+    text = excerpt.text()
     described = {
-        "name": arguments.text.name if arguments.text else "README.md and docs",
-        "checksum": checksum(text.encode()),
+        "name": text.name,
+        "checksum": text.checksum,
         "paragraphs": arguments.paragraphs,
     }
     stores = [
-        compare(arguments, path, text) | {"method": method, "quantize_s": seconds}
+        compare(arguments, path, excerpt) | {"method": method, **seconds}
         for path, method, seconds in _stores(arguments)
     ]
     result = {"model": arguments.model.resolve().name, "text": described, "stores": stores}
-    print(json.dumps(finish(result, arguments.output), indent=1))
+    record = finish(result, arguments.output)
+    print(json.dumps(record, indent=1) if arguments.json else "\n".join(table(stores)))
 
 
-def _stores(arguments: argparse.Namespace) -> Iterator[tuple[Path, str | None, float | None]]:
-    """Each store to compare, the method that it was made by, and the seconds that took."""
+def _stores(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[Path, str | None, dict[str, float]]]:
+    """Each store to compare, the method that it was made by, and the seconds that took, if it is known:
+    by the clock, and of all CPU cores together."""
     from common.store import Store
     from feeder.quantize import quantize_checkpoint
 
     if arguments.store:
-        yield arguments.store, Store.open(arguments.store).method, None
+        yield arguments.store, Store.open(arguments.store).method, {}
         return
+    calibration = replace(
+        CALIBRATION, path=arguments.calibration, tokens=arguments.calibration_tokens,
+        paragraphs=arguments.paragraphs,
+    )  # fmt: skip
     for method in arguments.methods.split(","):
         with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as directory:
-            path, begun = Path(directory) / "store", time.monotonic()
-            quantize_checkpoint(arguments.model, path, arguments.device, False, method=method)
-            yield path, method, round(time.monotonic() - begun, 2)
+            path, begun = Path(directory) / "store", (time.monotonic(), time.process_time())
+            quantize_checkpoint(
+                arguments.model, path, arguments.device, progress=False, method=method,
+                calibration=calibration,
+            )  # fmt: skip
+            ended = time.monotonic(), time.process_time()
+            took = [round(after - before, 2) for before, after in zip(begun, ended, strict=True)]
+            yield path, method, {"quantize_s": took[0], "quantize_cpu_s": took[1]}
 
 
-def _text(path: Path | None) -> str:
-    pages = [path] if path else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    try:
-        return "\n\n".join(page.read_text(encoding="utf-8") for page in pages)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"text {path}: {error}: give a file of UTF-8 text") from error
-
-
-def compare(arguments: argparse.Namespace, store_dir: Path, text: str) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, store_dir: Path, excerpt: Excerpt) -> dict[str, Any]:
     """All figures of one store. Raises UsageError if it is none of this model."""
     import torch
 
-    from bench.layerwise import Pair, of_checkpoint, of_store
-    from common.checkpoint import Checkpoint
     from common.store import Store
+    from feeder import divergence
+    from feeder.checkpoints.recognize import open_source
+    from feeder.layerwise import of_source, of_store
     from feeder.quantize import choose_device
 
-    checkpoint, store = Checkpoint.open(arguments.model), Store.open(store_dir)
-    if store.config != checkpoint.config:
+    source, store = open_source(arguments.model), Store.open(store_dir)
+    if store.config != source.config:
         raise UsageError(f"store {store_dir} is of another config than {arguments.model}")
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
-    texts = tokenize(arguments, checkpoint.config, text)
+    text = excerpt.text()
+    with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as scratch:
+        home = tokenizer_home(source.companions(Path(scratch)), arguments.model)
+        rows = excerpt.rows(home, source.config)
     begun = time.monotonic()
-    models = of_checkpoint(checkpoint, device, dtype), of_store(store, device, dtype)
-    pair = Pair(arguments.model, models, texts.ids.to(device))
-    layers = []
-    for index, error in enumerate(pair.layers()):
+    models = of_source(source, device, dtype), of_store(store, device, dtype)
+    layers: list[dict[str, float]] = []
+
+    def note(error: divergence.LayerError) -> None:
         layers.append(asdict(error))
-        log.info("layer %d of %d", index + 1, checkpoint.config["num_hidden_layers"])
-    figures = _figures(pair, texts)
+        log.info("layer %d of %d", len(layers), source.config["num_hidden_layers"])
+
+    try:
+        quality = divergence.compare(source.config, models, text, rows, device, note=note)
+    except ValueError as error:
+        raise UsageError(
+            f"{arguments.model} and {store_dir} cannot be compared: {error}"
+        ) from error
     store.close()
+    figures = quality.as_json()
+    del figures["text"], figures["text_checksum"]  # said once, for all stores
     return {
         "fingerprint": store.fingerprint,
         "packed_bytes": store.packed_bytes,
-        "tokens": sum(texts.lengths),
-        "contexts": len(texts.lengths),
+        "contexts": len(rows.lengths),
         "dtype": arguments.dtype,
         **figures,
         **({"layers": layers} if arguments.layers else {}),
@@ -150,64 +160,26 @@ def compare(arguments: argparse.Namespace, store_dir: Path, text: str) -> dict[s
     }
 
 
-def tokenize(arguments: argparse.Namespace, config: dict[str, Any], text: str) -> Texts:
-    """The text as rows of tokens. Raises UsageError if nothing in it can be predicted."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from common.families import windows
-
-    length = min(arguments.length, config.get("max_position_embeddings", arguments.length))
-    length = min([length, *(window for window in windows(config) if window is not None)])
-    if not any((arguments.model / name).is_file() for name in _VOCABULARIES):
-        # transformers would make an empty tokenizer of nothing
-        raise UsageError(f"{arguments.model} has no tokenizer: put its tokenizer.json there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{arguments.model} has no tokenizer that can be read: {error}") from error
-    parts = re.split(r"\n\s*\n", text.strip()) if arguments.paragraphs else [text]
-    rows: list[list[int]] = []
-    left = arguments.tokens
-    for part in parts:
-        ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"][:left]
-        left -= len(ids)
-        rows += [ids[at : at + length] for at in range(0, len(ids), length)]
-    rows = [row for row in rows if len(row) > 1]  # the first token of a row is not predicted
-    if not rows:
-        raise UsageError("the text has fewer than two tokens: give a longer one")
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row)
-    return Texts(padded, tuple(len(row) for row in rows))
-
-
-def _figures(pair: Any, texts: Texts) -> dict[str, float]:
-    """Of every token but the first of each row. The divergence is that of the store's distribution
-    from the original's, in nats."""
-    import torch
-
-    predicted = [length - 1 for length in texts.lengths]
-    wanted = torch.cat(
-        [row[1 : count + 1] for row, count in zip(texts.ids, predicted, strict=True)]
-    )
-    divergences, losses, agreements, first = [], [], 0, 0
-    for logits in pair.logits(predicted):
-        original, quantized = (part.log_softmax(-1) for part in logits)
-        divergences.append((original.exp() * (original - quantized)).sum(-1).double().cpu())
-        agreements += int((original.argmax(-1) == quantized.argmax(-1)).sum())
-        targets = wanted[first : first + len(original), None].to(original.device)
-        both = [-part.gather(-1, targets)[:, 0].double().cpu() for part in (original, quantized)]
-        losses.append(torch.stack(both))
-        first += len(original)
-    divergence, loss = torch.cat(divergences), torch.cat(losses, 1).mean(1)
-    return {
-        "kl_mean": float(divergence.mean()),
-        "kl_p99": float(divergence.sort().values[math.ceil(0.99 * len(divergence)) - 1]),
-        "perplexity_original": math.exp(float(loss[0])),
-        "perplexity": math.exp(float(loss[1])),
-        "top1_agreement": agreements / len(divergence),
-    }
+def table(stores: list[dict[str, Any]]) -> list[str]:
+    """The figures for people, and below them the errors of the layers, if there are any."""
+    lines = [
+        f"{'method':10} {'KL mean':>9} {'KL p99':>9} {'perplexity':>11} {'(original)':>11}"
+        f" {'agreement':>10} {'CPU s':>8}"
+    ]
+    for store in stores:
+        seconds = f"{store['quantize_cpu_s']:.1f}" if "quantize_cpu_s" in store else ""
+        lines.append(
+            f"{store['method'] or 'unknown':10} {store['kl_mean']:9.3g} {store['kl_p99']:9.3g}"
+            f" {store['perplexity']:11.5g} {store['perplexity_original']:11.5g}"
+            f" {100 * store['top1_agreement']:8.1f} % {seconds:>8}"
+        )
+    for store in stores:
+        for index, layer in enumerate(store.get("layers", ())):
+            lines.append(
+                f"{store['method'] or 'unknown':10} layer {index}: error of the weights"
+                f" {layer['weights']:.3g}, behind the layer {layer['hidden']:.3g}"
+            )
+    return lines
 
 
 if __name__ == "__main__":

@@ -6,23 +6,90 @@ Imports nothing heavy, so that ``--help`` and the launcher start at once.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from common.config import DTYPES, SLOTS
-from common.errors import EXIT_USAGE
+from common.parser import Parser
+
+__all__ = ["Parser"]  # which most users of this module want, too
 
 #: The server's key, where it is not given as a flag.
 API_KEY_VARIABLE = "WEIGHT_FEEDER_API_KEY"
 
+#: What stands together in a help. The flags of one command are some of these.
+SECTIONS = {
+    "model": ("model", "store", "system"),
+    "prompts": ("prompt", "prompts", "output", "raw", "json"),
+    "sampling": (
+        "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "greedy",
+    ),
+    "server": ("host", "port", "api_key", "model_name", "max_tokens", "queue"),
+    "memory and weights": ("cache", "vram", "context", "strategy", "slots", "device", "dtype"),
+    "speed": ("speculate", "attention", "no_step", "wait_full", "keep_store"),
+    "looking inside": ("plan", "trace", "profile", "verify", "debug", "debugpy"),
+    "processes": ("name", "feeder_only", "engine_only"),
+}  # fmt: skip
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+#: Flags that few need: --help-all shows them, and docs/cli.md.
+RARE = (
+    "store", "raw", "profile", "top_p", "top_k", "repetition_penalty", "dtype", "attention", "no_step",
+    "wait_full", "keep_store", "verify", "trace", "debugpy", "debug", "feeder_only", "engine_only",
+    "queue", "model_name", "no_history",
+)  # fmt: skip
 
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+#: What --help says of flags that take more words in --help-all.
+SHORT = {
+    "model": "a checkpoint or a store",
+    "cache": "weights in slots: a number, -1 (all), or bytes",
+    "vram": "device memory of both processes together",
+    "context": "prompt and answer that memory is kept for",
+    "strategy": "resident, ring, on-demand, or your own",
+    "slots": "auto (the default), packed or dequantized",
+    "speculate": "check likely tokens in the same pass",
+    "plan": "say what to expect, and run nothing",
+    "api_key": f"what clients must send; better: ${API_KEY_VARIABLE}",
+    "host": "where to listen; default: this machine alone",
+}
+
+
+def run_parser(
+    command: str, prog: str, description: str, examples: str, rare: Sequence[str] = RARE
+) -> Parser:
+    """A parser, still without flags, for a command that runs a model or a part of it."""
+    return Parser(command, SECTIONS, rare, SHORT, examples, prog=prog, description=description)
+
+
+def shared_flags() -> list[str]:
+    """The names of all flags that commands which run a model have."""
+    every = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for add in (add_launcher, add_common, add_feeder, add_engine, add_server, add_chat):
+        add(every)
+    return [action.dest for action in every._actions]
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """The launcher's own flags."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="a checkpoint (a directory, or a GGUF file) or a store; default: the demo model",
+    )
+    parser.add_argument(
+        "--store", metavar="DIR", help="where a checkpoint's store goes; default: the user's cache"
+    )
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--feeder-only", action="store_true", help="start no engine, print its command"
+    )
+    one.add_argument(
+        "--engine-only", action="store_true", help="start no feeder, print its command"
+    )
+    one.add_argument(
+        "--plan", action="store_true", help="say what to expect (--json: as JSON), and run nothing"
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="the engine under pdb, with this terminal as its input"
+    )
 
 
 def add_common(parser: argparse._ActionsContainer) -> list[argparse.Action]:
@@ -64,13 +131,15 @@ def add_feeder(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             help="resident (the default), ring, on-demand, or your own",
         ),
         parser.add_argument(
-            "--slots", default="auto", choices=SLOTS,
-            help="what slots hold: INT4 as it is, or the model's dtype; auto: what is faster",
+            "--slots", default="auto", choices=SLOTS, metavar="KIND",
+            help="what slots hold: packed, INT4 as it is; dequantized, the model's dtype; auto (the"
+            " default): what is faster",
         ),
         parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu"),
         parser.add_argument(
-            "--dtype", default="auto", choices=("auto", *DTYPES),
-            help="of slots and model; auto: the checkpoint's on CUDA, float32 on the CPU",
+            "--dtype", default="auto", choices=("auto", *DTYPES), metavar="DTYPE",
+            help=f"of slots and model: {', '.join(DTYPES)}; auto (the default): the checkpoint's on"
+            " CUDA, float32 on the CPU",
         ),
         parser.add_argument(
             "--keep-store", action="store_true",
@@ -129,18 +198,29 @@ def add_server(parser: argparse._ActionsContainer) -> list[argparse.Action]:
 
 def add_chat(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """The flags of an engine that chats, less --name."""
-    system = parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    return [system, *_add_sampling(parser), *_add_model(parser)]
+    chat = [
+        parser.add_argument("--system", metavar="TEXT", help="what the model is told first"),
+        parser.add_argument(
+            "--no-history", action="store_true", help="keep nothing that is typed for the next time"
+        ),
+    ]
+    return [*chat, *_add_sampling(parser), *_add_model(parser)]
 
 
 def _add_sampling(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     return [
-        parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 512"),
+        parser.add_argument(
+            "--max-new-tokens", type=int, metavar="N", help="of an answer; default 512"
+        ),
         parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy"),
-        parser.add_argument("--top-p", type=float, metavar="P"),
-        parser.add_argument("--top-k", type=int, metavar="K"),
-        parser.add_argument("--repetition-penalty", type=float, metavar="R"),
-        parser.add_argument("--seed", type=int, metavar="N"),
+        parser.add_argument(
+            "--top-p", type=float, metavar="P", help="of the likeliest tokens only"
+        ),
+        parser.add_argument("--top-k", type=int, metavar="K", help="so many of them; 0: all"),
+        parser.add_argument(
+            "--repetition-penalty", type=float, metavar="R", help="above 1: less of what was there"
+        ),
+        parser.add_argument("--seed", type=int, metavar="N", help="the same text again"),
         parser.add_argument("--greedy", action="store_true", help="the likeliest token, always"),
     ]
 
@@ -148,7 +228,8 @@ def _add_sampling(parser: argparse._ActionsContainer) -> list[argparse.Action]:
 def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     return [
         parser.add_argument(
-            "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager")
+            "--attention", default="auto", choices=("auto", "flash_attention_2", "sdpa", "eager"),
+            metavar="KIND", help="of prompts: auto (the default), flash_attention_2, sdpa or eager",
         ),
         parser.add_argument(
             "--speculate", default="auto", metavar="auto|off|lookup[:K]|DIR[:K]",

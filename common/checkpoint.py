@@ -190,7 +190,7 @@ def read_places(path: Path) -> dict[str, TensorPlace]:
     for name, file_name in weight_map.items():
         if name not in places:
             raise CheckpointError(
-                f"{path / file_name} lacks {name!r}, which {INDEX_FILE} says it holds; "
+                f"{path / file_name} lacks {name!r:.120}, which {INDEX_FILE} says it holds; "
                 "fetch the checkpoint again"
             )
     return places

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, InternalError, WeightFeederError
-from common.log import log, setup
+from common.log import is_json, log, report_error, setup
 from common.process import Leash, Terminated, TerminatedNow
 
 
@@ -26,15 +26,15 @@ def run_process(name: str, verbose: bool, work: Callable[[Leash], None]) -> int:
         return EXIT_INTERRUPTED
     except WeightFeederError as error:
         if verbose or isinstance(error, InternalError):
-            traceback.print_exc()
-        _tell(leash, str(error))
+            _trace_back()
+        _tell(leash, str(error), error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has left: nobody is there to be told
         return EXIT_ERROR
     except Exception as error:
-        traceback.print_exc()
-        _tell(leash, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}")
+        _trace_back()
+        _tell(leash, f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}", EXIT_ERROR)
         return EXIT_ERROR
 
 
@@ -56,7 +56,15 @@ def at_last(work: Callable[[], object]) -> Callable[..., bool]:
     return leave
 
 
-def _tell(leash: Leash, text: str) -> None:
+def _trace_back() -> None:
+    """Where the exception that is being handled came from."""
+    if is_json():
+        log.error("a defect, or --verbose: where it happened", exc_info=True)
+    else:
+        traceback.print_exc()
+
+
+def _tell(leash: Leash, text: str, exit_code: int) -> None:
     line = " ".join(text.split())
     if not leash.report(line):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        report_error(line, exit_code)

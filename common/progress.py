@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from common.config import format_bytes
+from common.log import fields, is_json, log
 
 LINE_INTERVAL_S = 5.0
 
@@ -31,7 +32,7 @@ def progress(total_bytes: int, label: str, enabled: bool = True) -> Iterator[Pro
     """Show the progress of `label` towards `total_bytes`, unless it is not `enabled`."""
     if not enabled:
         yield _Silent()
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and not is_json():
         from tqdm import tqdm  # slow to import, and seldom needed
 
         with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True) as bar:
@@ -63,9 +64,12 @@ class _Lines:
             self._printed_s = now_s
             rate = self._done_bytes / (now_s - self._began_s)
             share = self._done_bytes / max(self._total_bytes, 1)
-            print(
+            text = (
                 f"{self._label}: {share:.0%}, {format_bytes(self._done_bytes)} of "
-                f"{format_bytes(self._total_bytes)}, {format_bytes(rate)}/s",
-                file=sys.stderr,
-                flush=True,
+                f"{format_bytes(self._total_bytes)}, {format_bytes(rate)}/s"
             )
+            if is_json():
+                more = fields(done_bytes=self._done_bytes, total_bytes=self._total_bytes)
+                log.info(text, extra=more)
+            else:
+                print(text, file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.checksum import checksum
 from common.errors import StoreCorruptError, StoreError
+from common.quality import Quality
 from common.safetensors_file import SafetensorsError, read_header
 from common.store_check import read_checked
 from common.store_index import FORMAT_VERSION, ResidentEntry, WeightEntry
@@ -54,6 +55,7 @@ class Store:
     residents: tuple[ResidentEntry, ...]
     method: str | None = None  # how the weights were quantized, if the index says so
     source_format: str | None = None  # what they were made from, if it says so
+    quality: Quality | None = None  # against the original, if it was measured
     _handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _fds: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # by tensor
@@ -81,6 +83,7 @@ class Store:
             residents=index.residents,
             method=index.method,
             source_format=index.source_format,
+            quality=index.quality,
         )
 
     @property

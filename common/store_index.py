@@ -13,6 +13,7 @@ import xxhash
 
 from common.blocks import code_bytes, scale_count
 from common.families import model_dtype
+from common.quality import Quality
 from common.safetensors_file import TensorSpec
 
 FORMAT = "weight-feeder"
@@ -78,6 +79,7 @@ class Index:
     method: str | None = None
     files: tuple[FileEntry, ...] | None = None
     source_format: str | None = None
+    quality: Quality | None = None
 
 
 def packed_specs(name: str, shape: tuple[int, int]) -> list[TensorSpec]:

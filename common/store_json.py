@@ -12,6 +12,7 @@ from common.blocks import BLOCK, code_bytes, scale_count
 from common.checksum import checksum
 from common.errors import ConfigError, StoreCorruptError, StoreError
 from common.families import expected_tensors, is_tied, validate_config
+from common.quality import Quality
 from common.safetensors_file import DTYPE_BYTES
 from common.store_index import (
     CONFIG_FILE,
@@ -45,6 +46,7 @@ def to_json(index: Index) -> dict[str, Any]:
         "block": BLOCK,
         **({} if index.method is None else {"method": index.method}),
         **({} if index.source_format is None else {"source_format": index.source_format}),
+        **({} if index.quality is None else {"quality": index.quality.as_json()}),
         "weights": [
             {
                 "name": entry.name,
@@ -115,7 +117,7 @@ def parse(data: dict[str, Any], config: dict[str, Any]) -> Index:
     _require(data, "fingerprint", fingerprint(config, weights, residents))
     return Index(
         data["fingerprint"], source, data["dtype"], data["tied"], weights, residents, method,
-        parse_files(data), source_format,
+        parse_files(data), source_format, _parse_quality(data),
     )  # fmt: skip
 
 
@@ -162,6 +164,15 @@ def _require_version(data: dict[str, Any]) -> None:
             f"format_version is {version!r:.40}, this program reads version {FORMAT_VERSION}; "
             "quantize the checkpoint again, or use the release that wrote the store"
         )
+
+
+def _parse_quality(data: dict[str, Any]) -> Quality | None:
+    if data.get("quality") is None:
+        return None
+    try:
+        return Quality.parse(data["quality"])
+    except ValueError as error:
+        raise StoreError(f"quality: {error}") from error
 
 
 def _require(data: dict[str, Any], key: str, expected: Any) -> None:

@@ -18,13 +18,14 @@ def main() -> None:
     """Parse the command line, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sums", type=int, default=150)
+    parser.add_argument("--trained", action="store_true", help="such as were trained on, instead")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may leave
     seen: set[sums.Sum] = set()  # short sums would come again and again
     while len(seen) < args.sums:
-        item = sums.draw(rng, held_out=True)
+        item = sums.draw(rng, held_out=not args.trained)
         if item in seen:
             continue
         seen.add(item)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 
-from common.arguments import Parser, add_chat, add_common, add_engine, add_server
+from common.arguments import add_chat, add_common, add_engine, add_server, run_parser
 from common.entry import run_process
+from common.parser import Parser
 from common.process import Leash
 
-_EPILOG = """\
-examples:
+_EXAMPLES = """\
   python -m engine --prompt 'Why is the sky blue?'
   python -m engine --prompts sums.jsonl --output answers.jsonl
   python -m engine serve --port 8000
@@ -22,16 +21,21 @@ _FLAGS = {"": add_engine, "serve": add_server, "chat": add_chat}
 _MODULES = {"": "engine.start", "serve": "engine.serve.start", "chat": "engine.chat.start"}
 
 
-def main(argv: list[str]) -> int:
-    command = argv[0] if argv and argv[0] in _FLAGS else ""
-    parser = Parser(
-        prog=f"python -m engine {command}".rstrip(),
-        description="Generates text with a Qwen2 model whose weights a feeder lends.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser(command: str = "") -> Parser:
+    """The parser of ``python -m engine COMMAND``."""
+    parser = run_parser(
+        command or "run", f"python -m engine {command}".rstrip(),
+        "Generates text with a Qwen2 model whose weights a feeder lends.", _EXAMPLES,
+    )  # fmt: skip
     _FLAGS[command](parser)
     add_common(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    command = argv[0] if argv and argv[0] in _FLAGS else ""
+    parser = make_parser(command)
+    parser.check_word(argv, _FLAGS)
     arguments = parser.parse_args(argv[1:] if command else argv)
 
     def work(leash: Leash) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -84,9 +85,8 @@ def build_model(
 
 def _hollow(store: Store, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of the store's config, by transformers' own class, with every parameter on meta."""
-    described = store.config | {
-        "head_dim": head_dim(store.config)
-    }  # for some families null is none
+    described = copy.deepcopy(store.config)  # transformers writes into what it is given
+    described["head_dim"] = head_dim(store.config)  # to some families null is no number
     architecture = getattr(transformers, family_of(store.config).architecture)
     try:
         config = architecture.config_class.from_dict(described)

@@ -1,54 +1,12 @@
-"""Prompts: from a flag or a file, and the records that answers become. Knows no model."""
+"""Prompts, and the records that answers become. Knows no model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from common.errors import UsageError
+from common.prompts import Prompt, read_prompts
 
-MAX_FILE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text to answer, and what its answer should contain, if that is known."""
-
-    text: str
-    expected: str | None = None
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """A JSON list or JSON lines of {"input": …, "expected_output": …}. UsageError naming the place."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"prompts file {path} is larger than {MAX_FILE_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts file {path} cannot be read: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"prompts file {path} is not a JSON list: {error}") from error
-        prompts = [_prompt(record, f"{path}, entry {i}") for i, record in enumerate(records, 1)]
-    else:
-        prompts = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"prompts file {path}, line {number}: not JSON: {error}"
-                ) from error
-            prompts.append(_prompt(record, f"{path}, line {number}"))
-    if not prompts:
-        raise UsageError(f"prompts file {path} holds no prompt: expected JSON lines with an input")
-    return prompts
+__all__ = ["Prompt", "read_prompts", "record"]
 
 
 def record(prompt: Prompt, output: str, tokens: int, seconds: float, ttft_s: float) -> str:
@@ -64,12 +22,3 @@ def record(prompt: Prompt, output: str, tokens: int, seconds: float, ttft_s: flo
         "found": found,
     }
     return json.dumps(fields, ensure_ascii=False)
-
-
-def _prompt(record: Any, place: str) -> Prompt:
-    if not isinstance(record, dict) or not isinstance(record.get("input"), str):
-        raise UsageError(f'prompts file {place}: expected {{"input": "…", "expected_output": "…"}}')
-    expected = record.get("expected_output")
-    if expected is not None and not isinstance(expected, str):
-        raise UsageError(f"prompts file {place}: expected_output is no text")
-    return Prompt(record["input"], expected)

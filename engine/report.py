@@ -13,6 +13,7 @@ from typing import Any
 
 from common.config import format_bytes
 from common.errors import WeightFeederError
+from common.log import fields, is_json, log
 from engine.client import WeightClient
 from engine.generate import Answer
 
@@ -46,7 +47,7 @@ class Report:
 
     def __enter__(self) -> Report:
         if (
-            sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not is_json()
         ):  # which has no last row to go to
             self._live = _LiveLine(self)
         return self
@@ -103,6 +104,9 @@ class Report:
 
 def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     """On stderr: one line for people, or one JSON object."""
+    if is_json():
+        log.info("summary", extra=fields(**summary))
+        return
     if as_json:
         print(json.dumps(summary), file=sys.stderr, flush=True)
         return

@@ -294,6 +294,8 @@ def _create(what: str, path: str, stack: ExitStack) -> TextIO:
 
 
 def _wait_for_editor(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise UsageError(f"--debugpy {port}: expected a port from 1 to 65535")
     try:
         import debugpy
     except ImportError as error:

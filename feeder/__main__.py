@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from common.arguments import Parser, add_common, add_feeder
+from common.arguments import add_common, add_feeder, run_parser
 from common.entry import run_process
+from common.parser import Parser
 from common.process import Leash
 
-_EPILOG = """\
-examples:
+_EXAMPLES = """\
   python -m feeder --model STORE --cache 128
   python -m feeder swap resident --cache 10GiB
   python -m feeder status --watch
@@ -19,13 +18,12 @@ other commands: swap, status, stop, simulate (each with --help); python -m feede
 """
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m feeder",
-        description="Keeps an INT4 store in pinned host memory and feeds an engine from it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser() -> Parser:
+    """The parser of a feeder that serves."""
+    parser = run_parser(
+        "feeder", "python -m feeder",
+        "Keeps an INT4 store in pinned host memory and feeds an engine from it.", _EXAMPLES,
+    )  # fmt: skip
     parser.add_argument("--model", required=True, metavar="STORE", help="a store directory")
     parser.add_argument(
         "--draft",
@@ -48,7 +46,8 @@ def main(argv: list[str]) -> int:
         from feeder.simulate import main as simulate
 
         return simulate(argv)
-    parser = _parser()
+    parser = make_parser()
+    parser.check_word(argv, ("swap", "status", "stop", "simulate"))
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.plan:
         parser.error("--json is for --plan")

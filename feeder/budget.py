@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from common.config import Cache, format_bytes
 from common.errors import MemoryShortageError, StrategyError
@@ -14,6 +13,9 @@ from common.plan import Capacity, Plan
 from common.store import Store
 from feeder.arena import aligned
 from feeder.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

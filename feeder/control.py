@@ -7,61 +7,41 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from common import protocol as p
-from common.arguments import Parser
-from common.channel import Client, Poller
-from common.config import SLOTS, Cache, format_bytes
+from common.ask import SWAP_PATIENCE_S, FeederEnded, ask
+from common.config import SLOTS, Cache
 from common.errors import EXIT_INTERRUPTED, EXIT_OK, PeerError, WeightFeederError
-from common.process import Lock, remove_run_directory, run_directory
+from common.log import report_error
+from common.parser import Parser
+from common.process import Lock, run_directory
+from feeder.watch import Screen, table, view
 
-PATIENCE_S = 5.0
-SWAP_PATIENCE_S = 120.0  # a new arena waits for the weights that are in use
+__all__ = ["FeederEnded", "ask", "main"]
 
-
-class FeederEnded(PeerError):
-    """The feeder was there, and ended before it answered."""
-
-
-def ask(name: str, request: p.Message, patience_s: float = PATIENCE_S) -> p.Message:
-    """The answer of feeder ``name``. PeerError if it is not there, is silent, or refuses."""
-    directory = run_directory(name)
-    pid = Lock.holder(directory / "feeder.lock")
-    if pid is None:
-        remove_run_directory(directory)
-        raise PeerError(
-            f"no feeder {name!r} is running: start one with python -m feeder --model STORE"
-        )
-    client, poller = Client(directory / "feeder.sock"), Poller()
-    client.register(poller)
-    try:
-        deadline = time.monotonic() + patience_s
-        sent = False
-        while time.monotonic() < deadline:
-            # Asked before its messages are read: its last words may be on their way.
-            ended = Lock.holder(directory / "feeder.lock") is None
-            sent = sent or client.send(request)
-            poller.wait(0.02 if not sent else 0.2)
-            for message in client.receive():
-                if isinstance(message, p.Failure):
-                    raise PeerError(message.text)
-                if isinstance(message, p.Status | p.Done):
-                    return message
-            if ended:
-                raise FeederEnded(f"feeder {name!r}, pid {pid}, ended before it answered")
-    finally:
-        client.close()
-    raise PeerError(f"feeder {name!r}, pid {pid}, does not answer: it is loading, or stopped")
+_ABOUT = {
+    "status": ("What a running feeder does.", """\
+  python -m feeder status
+  python -m feeder status --watch
+"""),
+    "swap": ("Changes strategy, cache and slots of a running feeder, between two weights.", """\
+  python -m feeder swap ring
+  python -m feeder swap resident --cache 10GiB --slots packed
+"""),
+    "stop": ("Ends a running feeder.", """\
+  python -m feeder stop --name second
+"""),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     """Run the command line ``argv`` (its first word is the command); the exit code."""
-    arguments = _parser().parse_args(argv)
+    work = {"status": _status, "swap": _swap, "stop": _stop}[argv[0]]
+    arguments = make_parser(argv[0]).parse_args(argv[1:])
     try:
-        arguments.work(arguments)
+        work(arguments)
     except WeightFeederError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -70,22 +50,23 @@ def main(argv: list[str]) -> int:
     return EXIT_OK
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m feeder", description="Talks to a running feeder.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    status = commands.add_parser("status", help="what the feeder does")
-    status.add_argument("--json", action="store_true", help="one JSON object")
-    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
-    status.set_defaults(work=_status)
-    swap = commands.add_parser("swap", help="change strategy and cache, while it runs")
-    swap.add_argument("strategy", metavar="NAME|FILE:CLASS")
-    swap.add_argument("--cache", default="", metavar="N|SIZE", help="change the cache too")
-    swap.add_argument("--slots", default="", choices=SLOTS, help="change what slots hold, too")
-    swap.set_defaults(work=_swap)
-    stop = commands.add_parser("stop", help="end it")
-    stop.set_defaults(work=_stop)
-    for command in (status, swap, stop):
-        command.add_argument("--name", default="default", help="the feeder's --name")
+def make_parser(command: str) -> Parser:
+    """The parser of ``python -m feeder COMMAND``."""
+    about, examples = _ABOUT[command]
+    parser = Parser(
+        command, examples=examples, prog=f"python -m feeder {command}", description=about
+    )
+    add = parser.add_argument
+    if command == "status":
+        add("--json", action="store_true", help="one JSON object")
+        add("--watch", action="store_true", help="again every second, until Ctrl-C")
+    if command == "swap":
+        parser.usage = "%(prog)s NAME|FILE:CLASS [FLAGS]"
+        add("strategy", metavar="NAME|FILE:CLASS", help="as --strategy of the feeder takes it")
+        add("--cache", default="", metavar="N|SIZE", help="change the cache too")
+        add("--slots", default="", choices=SLOTS, metavar="KIND",
+            help=f"change what slots hold, too: {', '.join(SLOTS)}")  # fmt: skip
+    add("--name", default="default", help="the feeder's --name")
     return parser
 
 
@@ -115,44 +96,19 @@ def _stop(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    while True:
-        answer = ask(arguments.name, p.StatusRequest())
-        fields = answer.fields if isinstance(answer, p.Status) else {}
-        text = json.dumps(fields) if arguments.json else "\n".join(table(fields))
-        if arguments.watch and not arguments.json and sys.stdout.isatty():
-            text = f"\x1b[H\x1b[2J{text}"
-        print(text, flush=True)
-        if not arguments.watch:
-            return
-        time.sleep(1.0)
-
-
-def table(fields: dict[str, Any]) -> list[str]:
-    """The status as lines for people."""
-    engine = "none"
-    if fields.get("engine_pid"):
-        engine = f"pid {fields['engine_pid']}"
-        if "engine_uses" in fields:
-            engine += (
-                f", {fields['engine_uses']} uses, {fields['engine_waits']} waits,"
-                f" stalled {fields['engine_stall_s']:.1f} s"
-            )
-        else:
-            engine += ", does not answer (stopped?)"
-    states = ("filling", "ready", "in_use", "revoked")
-    slots = ", ".join(f"{fields[f'slots_{s}']} {s.replace('_', ' ')}" for s in states)
-    rows = {
-        "feeder": f"pid {fields['pid']}, {fields['dtype']} on {fields['device']}",
-        "store": f"{fields['store']} ({fields['weights']} weights,"
-        f" {format_bytes(fields['packed_bytes'])}, {fields['fingerprint']})",
-        "strategy": f"{fields['strategy']}, cache {fields['cache']}:"
-        f" {fields['slots']} weights in {format_bytes(fields['arena_bytes'])}",
-        "slots": f"{slots}; {fields['standing']} standing",
-        "hit rate": f"{100 * fields['hit_rate']:.1f} % in the last pass of {fields['passes']}",
-        "link": f"{fields['link_bytes_per_s'] / 1e9:.2f} GB/s now,"
-        f" {format_bytes(fields['streamed_bytes'])} in {fields['fills']} fills",
-        "engine": engine,
-    }
-    if fields.get("draft"):
-        rows["draft"] = f"{fields['draft']}, {format_bytes(fields['draft_bytes'])} of slots"
-    return [f"{name:9} {text}" for name, text in rows.items()]
+    with Screen(sys.stdout, live=arguments.watch and not arguments.json) as screen:
+        before: p.Fields = {}
+        while True:
+            asked_s = time.monotonic()
+            answer = ask(arguments.name, p.StatusRequest())
+            fields = answer.fields if isinstance(answer, p.Status) else {}
+            if arguments.json:
+                screen.show([json.dumps(fields)])
+            elif arguments.watch:
+                screen.show(view(fields, before, screen.width, screen.style))
+            else:
+                screen.show(table(fields))
+            if not arguments.watch:
+                return
+            before = fields | {"asked_s": asked_s}
+            time.sleep(1.0)

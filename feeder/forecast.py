@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.plan import Capacity, Plan
+from common.quality import Quality
 from feeder.measure import Measured
 from feeder.scheduler import Scheduler
 from feeder.simulation import ENGINE_US, Hardware, Simulation, Steady, Traffic
@@ -42,6 +43,8 @@ class Subject:
     config: Mapping[str, Any]
     capacity: Capacity
     all_fit: bool  # whether every weight would find a slot if the cache allowed it
+    method: str | None = None  # how it was quantized, if its store says so
+    quality: Quality | None = None  # against its original, if that was measured
     beside: str = ""  # what both processes take of the device beside the slots, part by part
     copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
     draft: Draft | None = None

@@ -1,7 +1,8 @@
 """The methods of quantizing by name, and the one that is taken if none is named.
 
 All write the same format, so they differ in quality and in the time they take, and in nothing that
-a reader sees. docs/quality.md has them measured. Needs no torch until a rule is asked for.
+a reader sees. docs/quality.md has them measured. Most go by the values of a block and nothing else;
+the calibrated ones by text that runs through the model. Needs no torch until a rule is asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ METHODS = {
     "hqq": "per block, half-quadratic steps to the least sum of square roots of the errors",
     "absmax": "the largest magnitude over 7",
 }
+CALIBRATED = {
+    "gptq": "column by column, each mending the errors of those before it, for the inputs that a text"
+    " makes",
+}
 DEFAULT = "weighted"
 
 
 def rule(method: str) -> Rule:
-    """What turns blocks of values into codes and scales. UsageError for an unknown name."""
+    """What turns blocks of values into codes and scales, of a method that needs no data. UsageError
+    for another name."""
     if method == "absmax":
         from common.int4 import absmax
 
@@ -40,4 +46,5 @@ def rule(method: str) -> Rule:
         from feeder.hqq import hqq
 
         return hqq
-    raise UsageError(f"method {method!r:.40} is not known: name one of {', '.join(METHODS)}")
+    known = ", ".join([*METHODS, *CALIBRATED])
+    raise UsageError(f"method {method!r:.40} is not known: name one of {known}")

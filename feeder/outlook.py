@@ -37,6 +37,11 @@ class Outlook:
         else:
             self._around = f.Surroundings("cpu", measured)
 
+    @property
+    def link(self) -> float:
+        """Bytes a second that were measured; 0 if nothing was."""
+        return 0.0 if self._around.measured is None else self._around.measured.link
+
     def tell(
         self,
         slots: SlotMemory,
@@ -83,6 +88,8 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         capacity=slots.capacity,
         all_fit=everything.capacity.size_bytes >= sum(slots.sizes),
         copies=slots.copies,
+        method=store.method,
+        quality=store.quality,
         beside=str(slots.footprint),
         draft=_draft_of(slots),
     )

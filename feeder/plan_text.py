@@ -18,6 +18,8 @@ def lines(
 ) -> list[str]:
     """The plan for people, without a prefix."""
     told = [_machine_line(subject, around)]
+    if subject.quality is not None:
+        told.append(f"quantized by {subject.method or 'a method unknown'}: {subject.quality}")
     if subject.draft is not None:
         draft = subject.draft
         told.append(
@@ -87,6 +89,8 @@ def as_json(
         "store": subject.store,
         "weights": len(subject.sizes),
         "packed_bytes": sum(subject.traffic.packed),
+        "method": subject.method,
+        "quality": subject.quality.as_json() if subject.quality else None,
         "strategy": strategy,
         "slots": subject.capacity.count,
         "arena_bytes": subject.capacity.size_bytes,

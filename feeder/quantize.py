@@ -10,17 +10,18 @@ a launcher may import this module.
 
 from __future__ import annotations
 
+import argparse
 import math
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from common.arguments import Parser
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.checkpoint import EMBEDDING, HEAD
 from common.checkpoint_fingerprint import checkpoint_fingerprint
@@ -28,13 +29,15 @@ from common.checksum import as_bytes
 from common.config import format_bytes
 from common.entry import run_process
 from common.errors import CheckpointError, MemoryShortageError, UsageError
+from common.families import expected_tensors, is_tied
 from common.log import log
+from common.parser import Parser
 from common.process import Leash, Terminated
 from common.progress import progress as show_progress
-from common.qwen2 import expected_tensors, is_tied
 from common.store import Store, StoreWriter
 from feeder import methods
 from feeder.checkpoints.recognize import open_source
+from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, tokenizer_home
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,11 @@ if TYPE_CHECKING:
     from common.int4 import Rule
     from feeder.checkpoints.source import Grouped, Part, Source
     from feeder.convert import Tally
+
+_OF_VALUES = ("original", "gguf")  # kinds of which hardly any block is kept as it is
+_EXAMPLES = """\
+  python -m feeder.quantize ~/models/Qwen2.5-7B-Instruct stores/7b
+"""
 
 __all__ = ["checkpoint_fingerprint", "main", "quantize_checkpoint"]
 
@@ -53,19 +61,25 @@ def quantize_checkpoint(
     progress: bool = True,
     poll: Callable[[], None] = lambda: None,
     method: str = methods.DEFAULT,
+    calibration: Excerpt = CALIBRATION,
+    measurement: Excerpt | None = None,
 ) -> Store:
     """Quantize the checkpoint at `model_dir`, of any kind that there is, into a new store in `store_dir`.
 
     device: "cpu", "cuda", "cuda:1", or "auto" for the GPU if there is one. progress: show it
     on stderr. poll: called between pieces; whatever it raises stops the work and leaves nothing.
     method: one of `feeder.methods`; what a ready-made checkpoint has quantized is kept where it can be.
+    calibration: the text for a method that takes one. measurement: the text to measure the store on, when
+    it is there; its quality is then in its index.
     Raises ConfigError, CheckpointError, StoreError, UsageError or MemoryShortageError.
     """
     from feeder.convert import Tally
 
-    rule = methods.rule(method)
+    rule = None if method in methods.CALIBRATED else methods.rule(method)
     source = open_source(Path(model_dir))
     parts = source.parts()
+    if rule is None:
+        _require_values(source, method)
     _, residents = expected_tensors(source.config)
     chosen = choose_device(device)
     tally = Tally()
@@ -76,32 +90,62 @@ def quantize_checkpoint(
         )  # fmt: skip
     with ExitStack() as stack:
         scratch = stack.enter_context(TemporaryDirectory(prefix="weight-feeder-"))
+        companions = source.companions(Path(scratch))
+        home = tokenizer_home(companions, Path(model_dir))
+        rows = None if rule is not None else calibration.rows(home, source.config)
+        if measurement is not None:
+            measurement.rows(
+                home, source.config
+            )  # what is wrong with it should not be found at the end
         writer = StoreWriter(
             store_dir,
             source.config,
             {part.name: part.dtype for part in parts if part.name in residents},
             source_fingerprint=checkpoint_fingerprint(model_dir),
-            copies=source.companions(Path(scratch)),
+            copies=companions,
             method=method,
             source_format=source.kind,
         )
         stack.enter_context(writer)
         total_bytes = sum(part.bytes for part in parts)
         bar = stack.enter_context(show_progress(total_bytes, "quantizing", enabled=progress))
+        if rows is not None:
+            from feeder.calibration import calibrated
+
+            sizes = {part.name: part for part in parts}
+            for name, codes, scales in calibrated(source, rows, chosen, poll):
+                part = sizes.pop(f"{name}.weight")
+                writer.add_weight(name, part.shape, codes, scales)
+                bar.update(part.bytes)
+            parts = [part for part in parts if part.name in sizes]
         for part in parts:
             pieces = _watched(source, part, chosen, poll, bar.update)
             if part.name in residents:
                 writer.add_resident_pieces(part.name, _finite(part.name, pieces))
             elif part.name == HEAD and is_tied(source.config):
                 _require_equal(pieces, source.pieces(EMBEDDING, chosen))
-            else:
+            elif rule is not None:
                 packed = _quantize(part, pieces, chosen, rule, tally)
                 writer.add_weight(part.name.removesuffix(".weight"), part.shape, *packed)
         poll()
         writer.commit()
     if tally.blocks:
         log.info("%s", tally.said(source.kind, method))
-    return Store.open(store_dir)
+    store = Store.open(store_dir)
+    if measurement is None:
+        return store
+    from feeder.measured import measure
+
+    return measure(source, store, measurement, chosen, poll)
+
+
+def _require_values(source: Source, method: str) -> None:
+    """UsageError if the checkpoint's weights are codes that are best kept."""
+    if source.kind not in _OF_VALUES:
+        raise UsageError(
+            f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
+            " whose codes are kept as they are; leave --method out"
+        )
 
 
 def choose_device(device: str) -> torch.device:
@@ -209,27 +253,67 @@ def _watch_for_the_end(leash: Leash) -> Callable[[], None]:
     return poll
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line `argv`; returns the exit code."""
+def _excerpts(arguments: argparse.Namespace) -> tuple[Excerpt, Excerpt | None]:
+    """What to calibrate by, and what to measure on. UsageError."""
+    if arguments.calibration is not None and arguments.method not in methods.CALIBRATED:
+        raise UsageError(
+            f"--calibration is of no use to --method {arguments.method}, which needs no data:"
+            f" give --method {' or '.join(methods.CALIBRATED)}, or leave it out"
+        )
+    if arguments.text is not None and not arguments.measure:
+        raise UsageError("--text is what --measure measures on: give both, or neither")
+    path, tokens = arguments.calibration, arguments.calibration_tokens
+    measurement = replace(MEASUREMENT, path=arguments.text) if arguments.measure else None
+    return replace(CALIBRATION, path=path, tokens=tokens), measurement
+
+
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
-        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint."
-    )
+        "quantize", examples=_EXAMPLES, usage="%(prog)s MODEL_DIR STORE_DIR [FLAGS]",
+        prog="python -m feeder.quantize", description="Makes an INT4 store from a checkpoint.",
+    )  # fmt: skip
     parser.add_argument(
         "model_dir", type=Path,
         help="a checkpoint in safetensors (bf16, fp16, fp32, GPTQ, AWQ, compressed-tensors) or a GGUF file",
     )  # fmt: skip
+    every = methods.METHODS | methods.CALIBRATED
     parser.add_argument("store_dir", type=Path, help="the store to make; must not exist")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument(
         "--method",
         default=methods.DEFAULT,
-        choices=tuple(methods.METHODS),
-        help="; ".join(f"{name}: {what}" for name, what in methods.METHODS.items())
+        choices=tuple(every),
+        help="; ".join(f"{name}: {what}" for name, what in every.items())
         + f"; default: {methods.DEFAULT}",
     )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="the text for --method gptq: plain, or JSON lines as --prompts takes them if it is named"
+        " .jsonl; default: a sample that comes with Python",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=CALIBRATION.tokens, metavar="N",
+        help=f"of it, at most; default: {CALIBRATION.tokens}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="then compare the store with the checkpoint, and note the figures in its index",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="to measure on, as --calibration; default: another part of that sample",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line `argv`; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
 
     def work(leash: Leash) -> None:
         poll = _watch_for_the_end(leash)
+        calibration, measurement = _excerpts(arguments)
         try:
             store = quantize_checkpoint(
                 arguments.model_dir,
@@ -237,13 +321,16 @@ def main(argv: list[str]) -> int:
                 arguments.device,
                 poll=poll,
                 method=arguments.method,
+                calibration=calibration,
+                measurement=measurement,
             )
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}") from error
         size_bytes = store.packed_bytes + store.resident_bytes
         log.info("%s: %s, fingerprint %s", store.path, format_bytes(size_bytes), store.fingerprint)
+        if store.quality is not None:
+            log.info("quality: %s", store.quality)
 
-    arguments = parser.parse_args(argv)
     return run_process("quantize", verbose=False, work=work)
 
 

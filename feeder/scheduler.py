@@ -256,6 +256,11 @@ class Scheduler:
         return self.upcoming(limit_bytes, link_bytes) if self._stale else found
 
     @property
+    def needed(self) -> int | None:
+        """The weight that the engine is blocked on, if it is."""
+        return self._agenda.need
+
+    @property
     def hit_rate(self) -> float:
         """Of the last whole pass (or of now, if nothing moves), uses that crossed no link."""
         slots = (self.slots.get(weight) for weight in self.plan.order)

@@ -7,6 +7,8 @@ not random but cut the values off, so they add up in a product where those of sm
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from common.blocks import BLOCK
@@ -27,6 +29,18 @@ def search(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def weighted(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the squared error that is weighted by `size_weights`."""
     return joined([_search(part, size_weights) for part in in_parts(blocks)])
+
+
+def under_weights(blocks: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the squared error that is weighted by ``weights``, fp32 [G, 128], none negative."""
+    found = []
+    for part, given in zip(in_parts(blocks), in_parts(weights), strict=True):
+        found.append(_search(part, partial(_given, given)))
+    return joined(found)
+
+
+def _given(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return weights
 
 
 def size_weights(values: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Feeder:
         self._unsent: deque[p.Message] = deque()
         self._malformed = 0
         self._stopping = ""
+        self.link_limit = 0.0  # bytes a second, where somebody has measured it
 
     @property
     def staging_bytes(self) -> int:
@@ -205,7 +206,9 @@ class Feeder:
         self._verifier.freed(self.slots.data(slot.weight, slot.offset_bytes))
 
     def _fields(self) -> p.Fields:
-        return status_fields(self.slots, self.scheduler, self._filler, self._meter) | {
+        return status_fields(
+            self.slots, self.scheduler, self._filler, self._meter, self.link_limit
+        ) | {
             "malformed": self._malformed,
             "engine_pid": self._engine.pid if self._engine else 0,
         }

@@ -5,20 +5,21 @@ The command line of feeder/simulation.py: shapes, tables and a plot.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser
 from common.blocks import packed_bytes, packed_span
 from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
+from common.families import expected_tensors
 from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
+from common.parser import Parser
 from common.plan import Capacity, Plan
-from common.qwen2 import expected_tensors
 from common.shapes import SHAPES
 from common.store import Store
 from feeder.arena import aligned
@@ -36,6 +37,11 @@ from feeder.strategies.registry import make_strategy
 
 if TYPE_CHECKING:
     import argparse
+
+_EXAMPLES = """\
+  python -m feeder simulate --shape qwen2.5-32b --link 25 --device-bandwidth 900 --sweep
+  python -m feeder simulate --shape STORE --slots packed --link 55 --device-bandwidth 3000
+"""
 
 SLOT_BYTES = 2  # an element of a bf16 slot
 
@@ -101,9 +107,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     packed_slots = range(len(names)) if slots == PACKED else ()
     packed = sum(packed_bytes(count) for count in elements)
     plan = Plan(tuple(range(len(names))))
-    for flag in ("link", "device_bandwidth"):
-        if not getattr(arguments, flag) > 0:
-            raise UsageError(f"--{flag.replace('_', '-')} must be above 0 GB/s")
+    _check(arguments)
     hardware = Hardware(
         arguments.link * 1e9,
         arguments.device_bandwidth * 1e9,
@@ -133,8 +137,31 @@ def simulate(arguments: argparse.Namespace) -> None:
         _plot(rows, arguments)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Before anything is printed. Raises WeightFeederError."""
+    for name, value in vars(arguments).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in ("link", "device_bandwidth") and not 0 < value < math.inf:
+            raise UsageError(f"{flag}: expected above 0 GB/s, and finite")
+        if name in ("engine_us", "handover_us") and not 0 <= value < math.inf:
+            raise UsageError(f"{flag}: expected at least 0, and finite")
+    Cache.parse(arguments.cache)
+    make_strategy(arguments.strategy)
+    if arguments.plot is not None:
+        _require_plot(arguments.plot)
+
+
 def _staging(text: str) -> int:
     return 0 if text.strip() == "0" else parse_size(text)
+
+
+def _require_plot(name: str) -> None:
+    """UsageError unless a picture can be written there."""
+    path = Path(name)
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {name}: expected a name that ends in .png or .svg")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {name}: {path.absolute().parent} is no directory")
 
 
 def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> None:
@@ -154,22 +181,33 @@ def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> 
     axes.set_title(f"{arguments.shape}, {arguments.strategy}, link {arguments.link:g} GB/s")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(arguments.plot)
+    try:
+        figure.savefig(arguments.plot)
+    except OSError as error:
+        raise UsageError(f"--plot {arguments.plot} cannot be written: {error.strerror}") from error
     print(f"plot written to {arguments.plot}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv`` (its first word is ``simulate``); the exit code."""
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
+        "simulate",
+        examples=_EXAMPLES,
         prog="python -m feeder simulate",
         description="Predicts hits, streamed bytes and tok/s from a strategy and two bandwidths.",
     )
     parser.add_argument("--shape", required=True, metavar="NAME|STORE", help="such as qwen2.5-32b")
-    parser.add_argument("--strategy", default="resident", metavar="NAME|FILE:CLASS")
-    parser.add_argument("--cache", default="128", metavar="N|SIZE")
+    parser.add_argument(
+        "--strategy", default="resident", metavar="NAME|FILE:CLASS", help="default: resident"
+    )
+    parser.add_argument("--cache", default="128", metavar="N|SIZE", help="default: 128")
     parser.add_argument("--slots", default=DEQUANTIZED, choices=FORMATS, help="what slots hold")
-    parser.add_argument("--link", type=float, required=True, metavar="GB/S")
-    parser.add_argument("--device-bandwidth", type=float, required=True, metavar="GB/S")
+    parser.add_argument(
+        "--link", type=float, required=True, metavar="GB/S", help="of the host-to-device copy"
+    )
+    parser.add_argument(
+        "--device-bandwidth", type=float, required=True, metavar="GB/S", help="of its memory"
+    )
     parser.add_argument("--engine-us", type=float, default=ENGINE_US, help="host time a weight")
     parser.add_argument("--handover-us", type=float, default=HANDOVER_US, help="message latency")
     parser.add_argument(
@@ -178,5 +216,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--sweep", action="store_true", help="a table over cache sizes")
     parser.add_argument("--plot", metavar="FILE", help="draw the table, as PNG or SVG")
-    arguments = parser.parse_args(argv[1:])
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv`` (its first word is ``simulate``); the exit code."""
+    arguments = make_parser().parse_args(argv[1:])
     return run_process("simulate", False, lambda leash: simulate(arguments))

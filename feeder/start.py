@@ -82,6 +82,7 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             arguments.verify, limits, draft,
         )  # fmt: skip
         stack.callback(feeder.close)
+        feeder.link_limit = outlook.link
         outlook.tell(
             feeder.slots, feeder.scheduler, feeder.staging_bytes, arguments.plan, arguments.json
         )

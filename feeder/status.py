@@ -8,12 +8,18 @@ from collections import deque
 
 from common import protocol as p
 from common.formats import PACKED
+from common.model_map import MOST
 from common.slots import State
 from feeder.filler import Filler
+from feeder.footprint import Footprint
 from feeder.scheduler import Scheduler
 from feeder.slot_memory import SlotMemory
+from feeder.strategies.registry import BUILT_IN
 
 WINDOW_S = 1.0
+_LETTERS = {
+    State.FILLING: "f", State.READY: "r", State.IN_USE: "u", State.REVOKED: "v",
+}  # fmt: skip
 
 
 class LinkMeter:
@@ -34,10 +40,29 @@ class LinkMeter:
         return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
 
 
+def weight_states(scheduler: Scheduler) -> str:
+    """A character for each weight, see common/model_map.py; "" for more weights than have a map."""
+    total = len(scheduler.sizes)
+    if total > MOST:
+        return ""
+    found = ["."] * total
+    for slot in scheduler.slots:
+        found[slot.weight] = "s" if slot.standing else _LETTERS[slot.state]
+    needed = scheduler.needed
+    if needed is not None and found[needed] in ".f":
+        found[needed] = "!"
+    return "".join(found)
+
+
 def status_fields(
-    slots: SlotMemory, scheduler: Scheduler, filler: Filler, meter: LinkMeter
+    slots: SlotMemory,
+    scheduler: Scheduler,
+    filler: Filler,
+    meter: LinkMeter,
+    link_limit: float = 0.0,
 ) -> p.Fields:
-    """The figures of now. docs/protocol.md says what each is."""
+    """The figures of now. docs/protocol.md says what each is. ``link_limit``: bytes a second that were
+    measured, 0 if nothing was."""
     counters, store = scheduler.counters, slots.store
     states = dict.fromkeys((State.FILLING, State.READY, State.IN_USE, State.REVOKED), 0)
     for slot in scheduler.slots:
@@ -46,6 +71,8 @@ def status_fields(
         "pid": os.getpid(),
         "store": str(store.path),
         "fingerprint": store.fingerprint,
+        **({"method": store.method} if store.method else {}),
+        **({"quality": str(store.quality)} if store.quality else {}),
         "packed_bytes": store.packed_bytes,
         "weights": len(store.weights),
         "device": slots.memory.identity,
@@ -69,5 +96,23 @@ def status_fields(
         "ignored": counters.ignored,
         "streamed_bytes": filler.streamed_bytes,
         "link_bytes_per_s": meter.bytes_per_s(),
+        "link_limit_bytes_per_s": link_limit,
+        "weight_states": weight_states(scheduler),
+        "strategies": ",".join(BUILT_IN),
+        "staging_bytes": filler.staging_bytes,
+        **_beside(slots.footprint),
         "peak_bytes": slots.memory.peak_bytes(),
+    }
+
+
+def _beside(footprint: Footprint) -> p.Fields:
+    """What both processes are planned to take beside the slots, part by part."""
+    return {
+        "planned_context_bytes": footprint.contexts,
+        "planned_resident_bytes": footprint.residents,
+        "planned_kv_cache_bytes": footprint.kv_cache,
+        "planned_activation_bytes": footprint.activations,
+        "planned_scratch_bytes": footprint.scratch,
+        "planned_slack_bytes": footprint.slack,
+        "planned_tokens": footprint.tokens,
     }

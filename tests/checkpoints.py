@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from common.families import expected_tensors
 from common.safetensors_file import TensorSpec, layout
+from tests.families import theirs
 
 
 def make_checkpoint(
@@ -51,7 +52,7 @@ def make_checkpoint(
 
 def make_model(path: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """Save a random model of any family's config.json in `path`; returns `path`."""
-    return save_random(path, AutoConfig.for_model(**config), seed=seed)
+    return save_random(path, theirs(config), seed=seed)
 
 
 def save_random(

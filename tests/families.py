@@ -5,7 +5,10 @@ An entry of common/families/table.py needs one or more here; tests then hold it 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from transformers import AutoConfig
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -58,3 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, tied": {**_SIZES, "model_type": "llama", "tie_word_embeddings": True},
     "mistral without a window": {**_SIZES, "model_type": "mistral", "sliding_window": None},
 }  # fmt: skip
+
+
+def theirs(config: dict[str, Any]) -> Any:
+    """What transformers makes of a config.json. It writes into what it is given, so that is a copy."""
+    return AutoConfig.for_model(**copy.deepcopy(config))

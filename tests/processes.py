@@ -121,6 +121,8 @@ class Room:
         self.environment = inherited | {
             "XDG_RUNTIME_DIR": str(self.runtime),
             "XDG_CACHE_HOME": str(self.cache),
+            "XDG_CONFIG_HOME": str(path / "config"),
+            "XDG_STATE_HOME": str(path / "state"),
         }
         self._started: list[Process] = []
         self._shared_before = self.shared_entries()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from tests.checkpoints import load_tensors, make_checkpoint
 
 #: What the tests' models are like: all columns are multiples of 128.

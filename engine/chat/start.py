@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from common.log import log
 from common.process import Leash, TerminatedNow
 from engine.chat.conversation import Conversation
 from engine.chat.dim import OPEN, Dimmed
+from engine.chat.history import history
 
 if TYPE_CHECKING:
     from engine.generate import Answer
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
         from engine.text import codec_for
 
         chat = Chat(ready, codec_for(ready.store), Conversation(arguments.system))
-        chat.run()
+        with history(not arguments.no_history) if chat.on_terminal else nullcontext():
+            chat.run()
 
     with_model(arguments, leash, sampling_of(arguments), work)
 
@@ -63,20 +65,18 @@ class Chat:
 
     def __init__(self, ready: Ready, codec: Codec, conversation: Conversation) -> None:
         self._ready, self._codec, self._conversation = ready, codec, conversation
-        self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._last: _Last | None = None
 
     def run(self) -> None:
         """Until the input ends, or /exit. UsageError if the model has no chat template."""
         self._codec.encode_chat([{"role": "user", "content": "?"}])
-        if self._terminal:
-            import readline  # noqa: F401  # input() edits lines with it from now on
         log.info("talk to the model; /help says what else, Ctrl-D ends")
         while True:
             try:
                 text = self._read()
             except EOFError:
-                if self._terminal:
+                if self.on_terminal:
                     print()
                 return
             except TerminatedNow:
@@ -92,12 +92,12 @@ class Chat:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
     def _read(self) -> str:
-        line = input("> " if self._terminal else "")
+        line = input("> " if self.on_terminal else "")
         if not line.startswith(FENCE):
             return line
         lines = [line.removeprefix(FENCE)]
         while not lines[-1].endswith(FENCE):
-            lines.append(input(". " if self._terminal else ""))
+            lines.append(input(". " if self.on_terminal else ""))
         lines[-1] = lines[-1].removesuffix(FENCE)
         return "\n".join(lines).strip("\n")
 
@@ -158,7 +158,7 @@ class Chat:
         from engine.generate import Stopped
 
         thinking = self._codec.decode(prompt[-8:]).rstrip().endswith(OPEN)
-        dimmed = Dimmed(thinking) if self._terminal and "NO_COLOR" not in os.environ else None
+        dimmed = Dimmed(thinking) if self.on_terminal and "NO_COLOR" not in os.environ else None
         stats = self._ready.client.stats
         stall_s = stats.stall_s
 

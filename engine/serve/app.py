@@ -27,6 +27,7 @@ from engine.serve.errors import ApiError, api_error, on_api_error, on_defect, on
 from engine.serve.gate import Gate
 from engine.serve.jobs import Ended, Event, Failed, Job, Piece, Scheduler
 from engine.serve.metrics import Meters
+from engine.serve.page import Page
 from engine.serve.replies import Shape, server_sent
 from engine.serve.schema import ChatRequest, CompletionRequest, parse
 from engine.text import Codec
@@ -52,10 +53,15 @@ class App:
     """The paths, and what they need."""
 
     def __init__(
-        self, model: Model, scheduler: Scheduler, meters: Meters, client: WeightClient
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        meters: Meters,
+        client: WeightClient,
+        page: Page,
     ) -> None:
         self._model, self._scheduler, self._meters = model, scheduler, meters
-        self._client = client
+        self._client, self._page = client, page
         self._created = int(time.time())
         self._watchers: set[asyncio.Task[None]] = (
             set()
@@ -70,6 +76,7 @@ class App:
             Route("/v1/models/{name:path}", self._one_model, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+            *self._page.routes(),
         ]
         paths = {route.path for route in routes}
 

@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.serve.address import is_loopback
 from engine.serve.errors import ApiError
+from engine.serve.page import OPEN
 
 MAX_BODY_BYTES = 8 << 20
-_OPEN = ("/health",)  # for those who watch over processes; says nothing of anybody's text
+#: For those who watch over processes, and for browsers that have no key yet. Say nothing of anybody's text.
+_OPEN = ("/health", *OPEN)
 
 
 class Gate:

@@ -72,6 +72,22 @@ class Meters:
         """The page that Prometheus reads."""
         return generate_latest(self.registry)
 
+    @property
+    def tokens(self) -> int:
+        """How many were generated."""
+        return int(self.registry.get_sample_value(f"{PREFIX}generated_tokens_total") or 0)
+
+    def answers(self) -> tuple[int, int]:
+        """How many requests for an answer were begun to be answered, and how many refused."""
+        good = bad = 0
+        for metric in self.replies.collect():
+            for sample in metric.samples:
+                asks = sample.labels.get("path", "").endswith("completions")
+                if asks and sample.name.endswith("_total"):
+                    good += int(sample.value) * (sample.labels["status"] < "400")
+                    bad += int(sample.value) * (sample.labels["status"] >= "400")
+        return good, bad
+
     def begin(self, job: Job) -> None:
         self._stall_s = self._client.stats.stall_s
 

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     for flag, value in (("--max-tokens", arguments.max_tokens), ("--queue", arguments.queue)):
         if value < 1:
             raise UsageError(f"{flag} {value}: expected at least 1")
+    if not 0 <= arguments.port <= 65535:
+        raise UsageError(f"--port {arguments.port}: expected from 0 to 65535")
     with closing(bind(arguments.host, arguments.port)) as listener:
         from engine.generate import Sampling
         from engine.start import with_model
@@ -57,6 +59,7 @@ def _serve(
     from engine.serve.app import App, Model
     from engine.serve.jobs import OneByOne
     from engine.serve.metrics import Meters
+    from engine.serve.page import Page
     from engine.text import codec_for
 
     context = ready.generator.context
@@ -70,8 +73,10 @@ def _serve(
     meters = Meters(ready.client)
     scheduler = OneByOne(ready.generator, arguments.queue, meters)
     meters.watch(scheduler)
+    names = [entry.name for entry in ready.store.weights]
+    page = Page(model.name, names, arguments.name, scheduler, meters, ready.client)
     config = uvicorn.Config(
-        App(model, scheduler, meters, ready.client).asgi(key),
+        App(model, scheduler, meters, ready.client, page).asgi(key),
         loop="asyncio",
         http="h11",
         ws="none",
@@ -85,7 +90,7 @@ def _serve(
     with _running(uvicorn.Server(config), listener, scheduler):
         host, port = listener.getsockname()[:2]
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        log.info("serving model %s on http://%s/v1", model.name, place)
+        log.info("serving model %s on http://%s/v1, meters on http://%s/", model.name, place, place)
         scheduler.run()
     raise InternalError("the server's thread has ended")
 

@@ -6,7 +6,7 @@ no layout here. Knows nothing of models. Bytes are read, not mapped: a file that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,7 @@ class GgufFile:
 
     def key(self, name: str) -> Any:
         """The value of a key; None if there is none. Raises CheckpointError if it is damaged."""
-        field = self._fields.get(name)
-        try:
-            return None if field is None else field.contents()
-        except (IndexError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {name}: {one_line(error)}") from error
+        return _value(self.path, self._fields, name)
 
 
 def decode(tensor: GgufTensor, raw: torch.Tensor, device: torch.device) -> torch.Tensor | Grouped:
@@ -139,6 +135,15 @@ def _reader(path: Path) -> Any:
         ) from error
 
 
+def _value(path: Path, fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a key; None if there is none. Raises CheckpointError if it is damaged."""
+    field = fields.get(name)
+    try:
+        return None if field is None else field.contents()
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name}: {one_line(error)}") from error
+
+
 def _tensor(path: Path, found: Any) -> GgufTensor:
     shape = tuple(int(size) for size in reversed(found.shape.tolist()))
     offset, size_bytes = int(found.data_offset), int(found.n_bytes)
@@ -147,8 +152,7 @@ def _tensor(path: Path, found: Any) -> GgufTensor:
 
 def _require_part(path: Path, reader: Any, number: int, count: int) -> None:
     """Raises CheckpointError unless the file says that it is part `number`, from 0, of `count`."""
-    fields = [reader.fields.get(f"split.{name}") for name in ("no", "count")]
-    part, parts = (None if field is None else field.contents() for field in fields)
+    part, parts = (_value(path, reader.fields, f"split.{name}") for name in ("no", "count"))
     if (part or 0, parts or 1) != (number, count):
         raise CheckpointError(
             f"{path} is part {part!r:.20} of {parts!r:.20} by its keys, counted from 0, expected "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common import checkpoint as files
 from common.checkpoint import EMBEDDING
 from common.errors import CheckpointError, ConfigError
-from common.qwen2 import expected_tensors, validate_config
+from common.families import expected_tensors, validate_config
 from feeder.checkpoints.gguf_config import architecture_of, build_config
 from feeder.checkpoints.gguf_file import GgufFile, GgufTensor, block_sizes, decode
 from feeder.checkpoints.gguf_names import ROPE_FACTORS, hugging_face_name, unpaired

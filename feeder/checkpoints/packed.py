@@ -16,7 +16,7 @@ from common import checkpoint as files
 from common.blocks import BLOCK
 from common.checkpoint import TensorPlace, companion_files
 from common.errors import CheckpointError
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
 from common.safetensors_file import DTYPE_BYTES
 from common.store_index import RESIDENT_DTYPES
 from feeder.checkpoints.source import Grouped, Part

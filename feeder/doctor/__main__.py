@@ -8,15 +8,21 @@ import math
 import sys
 from pathlib import Path
 
-from common.arguments import Parser
 from common.blocks import packed_bytes
 from common.checkpoint_kind import is_checkpoint
 from common.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, UsageError, WeightFeederError
-from common.qwen2 import expected_tensors
+from common.families import expected_tensors
+from common.log import report_error
+from common.parser import Parser
 from common.store import Store
 from feeder.checkpoints.recognize import model_config
 from feeder.doctor import device, host, sharing, software
 from feeder.doctor.finding import Check, Patient, findings
+
+_EXAMPLES = """\
+  python launch.py doctor
+  python launch.py doctor --model STORE --json
+"""
 
 CHECKS: list[Check] = [
     software.python,
@@ -49,16 +55,23 @@ def model_bytes(model: str) -> int:
     return sum(packed_bytes(math.prod(shape)) for shape in linear.values())
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``; 1 if any check fails."""
+def make_parser() -> Parser:
+    """The parser of this command."""
     parser = Parser(
+        "doctor",
+        examples=_EXAMPLES,
         prog="python launch.py doctor",
         description="Checks what a run needs, and says what to do about what is not there.",
     )
     parser.add_argument("--model", metavar="DIR", help="a checkpoint or a store that is to run")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv``; 1 if any check fails."""
+    arguments = make_parser().parse_args(argv)
     try:
         size_bytes = model_bytes(arguments.model) if arguments.model else 0
         patient = Patient(device.device_for(arguments.device), size_bytes)
@@ -71,7 +84,7 @@ def main(argv: list[str]) -> int:
         if arguments.json:
             print(json.dumps({"ok": not failed, "checks": found}))
     except WeightFeederError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -27,6 +27,9 @@ def test_a_conversation(room: Room, demo_store: Path, tmp_path: Path) -> None:
         assert ANSWER in say(it, "1.1+2.3=?")
         assert "tok/s, TTFT" in say(it, "/stats")
         assert "/nonsense is no command: /help names them" in say(it, "/nonsense")
+        it.type("\x1b[Aly\n")  # the arrow brings the last line back
+        it.read_until("/nonsensely is no command: /help names them")
+        it.read_until(PROMPT)
         assert "/reset" in say(it, "/help")
         say(it, f"/save {saved}")
         assert f"{saved} exists" in say(it, f"/save {saved}")
@@ -68,3 +71,6 @@ def test_an_interrupt_stops_the_answer_alone(room: Room, demo_store: Path, tmp_p
         assert ANSWER.startswith(answer["content"]) and answer["content"] != ANSWER
         it.type("/exit\n")
         assert it.popen.wait() == 0
+    kept = room.path / "state" / "weight-feeder" / "chat_history"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.read_text().splitlines()[-3:] == ["1.1+2.3=?", f"/save {saved}", "/exit"]

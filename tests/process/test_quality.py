@@ -49,7 +49,7 @@ def quality(*flags: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def measured(*flags: str | Path) -> dict[str, Any]:
-    done = quality(*flags)
+    done = quality(*flags, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -130,7 +130,7 @@ def test_a_text_without_anything_to_predict(checkpoint: Path, tmp_path: Path) ->
     text.write_text("\n")
     refused(quality(checkpoint, "--text", text), "fewer than two tokens")
     text.write_bytes(b"\xff\xfe\xff")
-    refused(quality(checkpoint, "--text", text), "give a file of UTF-8 text")
+    refused(quality(checkpoint, "--text", text), "is not UTF-8")
 
 
 def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:

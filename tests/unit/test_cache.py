@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from engine.cache import make_cache, past, windows_of
-from tests.families import MODELS, WINDOW
+from tests.families import MODELS, WINDOW, theirs
 
 
 def test_a_cache_that_cannot_grow_is_as_it_was() -> None:
@@ -28,7 +28,7 @@ def test_a_cache_that_cannot_grow_is_as_it_was() -> None:
 
 
 def make_model(name: str, attention: str) -> Any:
-    config = AutoConfig.for_model(**MODELS[name])
+    config = theirs(MODELS[name])
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -45,7 +45,7 @@ def test_a_window_is_that_of_transformers_own_cache(name: str, attention: str) -
     """To the bit, over passes of many tokens and of one, from below the window to far beyond it."""
     model = make_model(name, attention)
     ours = make_cache(3, 1, windows=windows_of(model.config))
-    theirs = DynamicCache(config=model.config)
+    plain = DynamicCache(config=model.config)
     ids = torch.randint(160, (1, 400), generator=torch.Generator().manual_seed(4))
     at = 0
     with torch.inference_mode():
@@ -53,10 +53,10 @@ def test_a_window_is_that_of_transformers_own_cache(name: str, attention: str) -
             tokens, at = ids[:, at : at + count], at + count
             found, expected = (
                 model(tokens, past_key_values=cache, use_cache=True).logits
-                for cache in (ours, theirs)
+                for cache in (ours, plain)
             )
             assert torch.equal(found, expected), (at, count)
-        assert ours.get_seq_length() == theirs.get_seq_length() == at
+        assert ours.get_seq_length() == plain.get_seq_length() == at
         whole = model(ids[:, :at], use_cache=False).logits[:, -count:]
         assert torch.allclose(found, whole, atol=1e-4)
         near = model(ids[:, at - count - 2 : at], use_cache=False).logits[:, -count:]

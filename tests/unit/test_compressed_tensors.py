@@ -12,10 +12,11 @@ import torch
 
 from common import int4
 from common.errors import CheckpointError
+from feeder.checkpoints.awq import Awq
 from feeder.checkpoints.compressed import Compressed
 from feeder.quantize import quantize_checkpoint
 from tests.checkpoints import edit_config
-from tests.ready_made import Weight, packed_across, random_weight, write
+from tests.ready_made import Weight, awq, packed_across, random_weight, write
 
 
 @cache
@@ -112,6 +113,21 @@ def test_groups_out_of_order(shuffled: bool) -> None:
     layout = Compressed(settings(True, 16), "here")
     piece = layout.rows(layout.prepare(tensors, (24, 64)), 8, 24)
     assert piece.values().equal(weight.values()[8:].reshape(-1))
+
+
+def test_awq_is_what_the_library_reads_in_it() -> None:
+    """Its own reader of AWQ's layout, and ours, of the same tensors."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    shape = (24, 256)
+    tensors = awq(random_weight(shape, 2, dtype=torch.float32, asymmetric=True))
+    layout = Awq({"bits": 4, "group_size": 128}, "here")
+    ours = layout.rows(layout.prepare(tensors, shape), 0, 24).values().view(shape)
+    converted = AutoAWQConverter().process({f"x.{what}": t for what, t in tensors.items()})
+    packed = {name.removeprefix("x."): tensor for name, tensor in converted.items()}
+    theirs = PackedQuantizationCompressor.decompress(packed, scheme(False, 128))["weight"]
+    assert ours.equal(theirs)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

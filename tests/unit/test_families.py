@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from common.errors import ConfigError
 from common.families import (
     FAMILIES,
+    attention_widths,
     expected_tensors,
     family_of,
     is_tied,
@@ -22,7 +23,7 @@ from common.families import (
 )
 from common.shapes import SHAPES
 from engine.cache import windows_of
-from tests.families import MODELS
+from tests.families import MODELS, theirs
 
 GOOD: dict[str, Any] = {
     "model_type": "qwen2",
@@ -51,10 +52,11 @@ def test_table_is_that_of_transformers(name: str) -> None:
     config = CONFIGS[name]
     validate_config(config)
     linear, residents = expected_tensors(config)
-    theirs = AutoConfig.for_model(**config)
-    assert windows(config) == windows_of(theirs)
+    made = theirs(config)
+    assert windows(config) == windows_of(made) == windows(made.to_dict())
+    assert attention_widths(config) == attention_widths(made.to_dict())  # as an engine has it
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(theirs)
+        model: Any = AutoModelForCausalLM.from_config(made)
     assert type(model).__name__ == family_of(config).architecture
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if is_tied(config):
@@ -73,21 +75,21 @@ def test_what_a_silent_config_means_is_what_it_means_to_transformers(model_type:
     if not FAMILIES[model_type].names_kv_heads:
         del config["num_key_value_heads"]
     validate_config(config)
-    theirs = AutoConfig.for_model(**config)
+    made = theirs(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(theirs)
+        model: Any = AutoModelForCausalLM.from_config(made)
     linear, _ = expected_tensors(config)
     assert "lm_head" in linear
     for name, shape in linear.items():
         assert tuple(model.get_submodule(name).weight.shape) == shape
-    assert windows(config) == windows_of(theirs)
+    assert windows(config) == windows_of(made)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
 def test_order_is_that_of_use(name: str) -> None:
     """Of Linears, as the modules are called in a forward pass; of groups, by one and the same input."""
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]))
+    model: Any = AutoModelForCausalLM.from_config(theirs(MODELS[name]))
     called: list[tuple[str, torch.Tensor]] = []
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.plan import Capacity, Plan
+from common.quality import Quality
 from feeder import plan_text
 from feeder.forecast import (
     LAUNCH_US,
@@ -78,6 +79,15 @@ def test_a_streamed_model_in_words() -> None:
     assert " s (the first prompt 0.4 s more); the limit is " in lines[2]
     assert lines[2].endswith("; the limit is the link (100 % busy)")
     assert len(lines) == 3
+
+
+def test_a_quality_that_was_measured_in_words() -> None:
+    quality = Quality(0.0016, 0.0055, 124.8, 124.7, 0.941, 8192, "held-out.txt", "0" * 32)
+    what = dataclasses.replace(subject(6), method="gptq", quality=quality)
+    assert plan_text.lines(*told(what, "ring"))[1] == f"quantized by gptq: {quality}"
+    fields = plan_text.as_json(*told(what, "ring"))
+    assert (fields["method"], fields["quality"]["kl_mean"]) == ("gptq", 0.0016)
+    assert plan_text.as_json(*told(subject(6), "ring"))["quality"] is None
 
 
 def test_a_resident_model_in_words() -> None:

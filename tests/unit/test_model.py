@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import ConfigError
+from common.errors import ConfigError, StoreError
 from common.store import Store, StoreWriter
 from engine.model import build_model
 from tests.stores import CONFIG, DTYPES, add_everything
@@ -42,3 +43,18 @@ def test_a_config_that_only_transformers_refuses(tmp_path: Path, changes: dict[s
         f"{tmp_path / 'store' / 'config.json'}: transformers " in text and " refuses it: " in text
     )
     assert text.splitlines() == [text]
+
+
+def test_the_stores_config_stays_as_it_is(tmp_path: Path) -> None:
+    """transformers completes what it is given; the store's is what its fingerprint is of."""
+    config = CONFIG | {
+        "rope_parameters": None,
+        "rope_theta": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    empty: Any = SimpleNamespace(
+        path=tmp_path, config=copy.deepcopy(config), weights=(), residents=(), tied=False
+    )
+    with pytest.raises(StoreError, match="lacks model.embed_tokens.weight"):
+        build_model(empty, NOBODY, CPU, torch.float32)
+    assert empty.config == config

@@ -139,7 +139,7 @@ def test_fp16_scales_keep_their_codes_and_are_rounded(
             assert not found[name].equal(expected)
             assert bool(((found[name] - expected).abs() <= expected.abs() * 2.0**-8).all())
             assert off(found[name], expected) < 0.002
-    said = caplog.text
+    said = caplog.messages[-1]
     assert "with the same codes and the scale rounded to bf16; relative error" in said
     assert "quantized again" not in said
 

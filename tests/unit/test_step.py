@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from common.families import FAMILIES
 from engine.step import misfit, supports
-from tests.families import MODELS, WINDOW
+from tests.families import MODELS, WINDOW, theirs
 
 FITS: dict[str, Any] = {
     "hidden_size": 128,
@@ -28,7 +28,7 @@ FITS: dict[str, Any] = {
 
 def build(config: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        return AutoModelForCausalLM.from_config(theirs(config))
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if FAMILIES[name].stepped])

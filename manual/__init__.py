@@ -1,0 +1,1 @@
+"""The command lines as a whole: docs/cli.md and shell completion, made from the parsers themselves."""

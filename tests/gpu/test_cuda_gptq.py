@@ -1,0 +1,73 @@
+"""GPTQ on the GPU comes out as on the CPU, but for the order in which a device adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import int4
+from demo import tokenizer
+from feeder.calibration import calibrated
+from feeder.checkpoints.recognize import open_source
+from feeder.gptq import Curvature, gptq
+from feeder.quantize import quantize_checkpoint
+from feeder.texts import Excerpt
+from tests.checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+
+def product_error(
+    weight: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor
+) -> float:
+    back = int4.dequantize(*packed, weight.shape, torch.float32)
+    return float((x @ (weight - back).T).square().sum())
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (300, 200)])
+def test_a_weight_comes_out_as_good_as_on_the_cpu(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(shape[1], shape[1], generator=generator)
+    mix *= torch.logspace(0, -1.5, shape[1])[:, None]
+    x = torch.randn(3000, shape[1], generator=generator) @ mix
+    weight = torch.randn(shape, generator=generator)
+    hessian = x.T @ x
+    on_cpu, on_gpu = Curvature.of(hessian), Curvature.of(hessian.cuda())
+    assert on_cpu is not None and on_gpu is not None
+    found = gptq(weight.cuda(), on_gpu)
+    assert all(not tensor.is_cuda for tensor in found)
+    errors = [product_error(weight, packed, x) for packed in (gptq(weight, on_cpu), found)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_a_model_is_calibrated_on_the_gpu(tmp_path: Path) -> None:
+
+    model = make_checkpoint(tmp_path / "model", hidden=128, intermediate=384, vocab=320)
+    tokenizer.build().save_pretrained(model)
+    excerpt = Excerpt(None, 4096, 256, measured=False)
+    store = quantize_checkpoint(
+        model, tmp_path / "store", "cuda", progress=False, method="gptq", calibration=excerpt
+    )
+    assert store.method == "gptq" and len(store.weights) == 15
+
+
+def test_factors_come_from_the_host_where_the_gpu_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    model = make_checkpoint(tmp_path / "model", hidden=128, intermediate=384, vocab=320)
+    tokenizer.build().save_pretrained(model)
+    source = open_source(model)
+    rows = Excerpt(None, 2048, 256, measured=False).rows(model, source.config)
+    original = torch.linalg.cholesky_ex
+
+    def full(matrix: torch.Tensor) -> object:
+        if matrix.is_cuda:
+            raise torch.OutOfMemoryError("no room")
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
+    found = list(calibrated(source, rows, torch.device("cuda"), lambda: None))
+    assert len(found) == 15
