@@ -114,5 +114,6 @@ def _beside(footprint: Footprint) -> p.Fields:
         "planned_activation_bytes": footprint.activations,
         "planned_scratch_bytes": footprint.scratch,
         "planned_slack_bytes": footprint.slack,
+        "planned_draft_bytes": footprint.draft_slots + footprint.draft_engine,
         "planned_tokens": footprint.tokens,
     }
