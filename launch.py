@@ -30,7 +30,7 @@ try:
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.checkpoint_kind import is_checkpoint
-    from common.config import Cache, parse_size
+    from common.config import Cache, Speculate, parse_size
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.log import log, report_error, setup
     from common.parser import Parser
@@ -39,6 +39,7 @@ try:
     from common.store import Store
     from common.supervise import Child, Supervisor
     from common.trace_file import TraceFile
+    from common.vocabulary import shared_vocabulary
 except ModuleNotFoundError as missing:
     print(
         f"error: the package {missing.name} is not installed for {sys.executable}:"
@@ -62,6 +63,7 @@ _EXAMPLES = {
   python launch.py --cache 128
   python launch.py --model ~/models/Qwen2.5-7B-Instruct --cache 10GiB --prompt 'Hello'
   python launch.py --model STORE --prompts in.jsonl --output out.jsonl
+  python launch.py --model STORE --speculate SMALL_MODEL
 manual: docs/cli.md; values for flags from variables and a file: docs/cli.md#settings
 """,
     "serve": """\
@@ -96,6 +98,7 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
+        _speculation(arguments)
         many = arguments.command == "serve" or getattr(arguments, "prompts", None) is not None
         batch = batch_asked(arguments, many)
         arguments.batch = batch if many else None  # the feeder plans for as many
@@ -174,15 +177,15 @@ def _run(
     if not arguments.feeder_only and not arguments.plan:
         # First, since importing transformers takes longest: the engine waits for its feeder.
         children.append(supervisor.start("engine", engine, foreground=on_terminal))
-    store, quantize = _store(arguments)
-    feeder.append(f"--model={store}")
+    wanted = {"model": _store(arguments)}
+    if arguments.draft is not None:
+        wanted["draft"] = _cached_store(arguments.draft, arguments)
+    feeder += [f"--{which}={store}" for which, (store, _) in wanted.items()]
     if arguments.engine_only:
         log.info("the feeder's command: %s", shlex.join(feeder))
     else:
-        if quantize:
-            with _only_one(store, supervisor):
-                if not (store / "store.json").is_file():
-                    supervisor.run("quantizer", quantize)
+        for store, quantize in wanted.values():
+            _quantize(store, quantize, supervisor)
         if arguments.plan:
             as_json = ["--json"] if getattr(arguments, "json", False) else []
             supervisor.run("feeder", [*feeder, "--plan", *as_json])
@@ -194,17 +197,42 @@ def _run(
     return EXIT_OK
 
 
-def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
-    """The store directory, and the command that makes it if it has to be made."""
+def _speculation(arguments: argparse.Namespace) -> None:
+    """``--speculate`` as the engine is told it, and in ``arguments.draft`` the model that the feeder
+    is to have for it. UsageError for what cannot be."""
+    asked = Speculate.parse(arguments.speculate)
+    arguments.draft = asked.draft
+    if asked.draft is not None:
+        model = _model(arguments)
+        if model.is_dir():  # before anything is quantized; of a GGUF file the feeder sees
+            shared_vocabulary(model, asked.draft)
+    elif asked.mode == "draft" and not arguments.engine_only:
+        raise UsageError("--speculate draft: give the draft model's directory in its place")
+    arguments.speculate = str(asked)
+
+
+def _model(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
     if not is_checkpoint(model):
         raise UsageError(
             f"model {model} is no directory and no GGUF file: give a checkpoint or a store"
         )
+    return model
+
+
+def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The store directory, and the command that makes it if it has to be made."""
+    return _cached_store(_model(arguments), arguments, arguments.store)
+
+
+def _cached_store(
+    model: Path, arguments: argparse.Namespace, place: str | None = None
+) -> tuple[Path, list[str]]:
+    """The same of ``model``, a checkpoint or a store. ``place``: for it, else the user's cache."""
     if (model / "store.json").is_file():
         return model, []
-    if arguments.store:
-        store = Path(arguments.store).expanduser()
+    if place:
+        store = Path(place).expanduser()
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = f"{model.resolve().name}-{checkpoint_fingerprint(model)[:16]}"
@@ -216,6 +244,15 @@ def _store(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     quantize = [sys.executable, "-m", "feeder.quantize", f"--device={arguments.device}"]
     logs = f"--log-format={arguments.log_format}"
     return store, [*quantize, logs, str(model), str(store)]
+
+
+def _quantize(store: Path, command: list[str], supervisor: Supervisor) -> None:
+    """Make the store, unless there is nothing to be done."""
+    if not command:
+        return
+    with _only_one(store, supervisor):
+        if not (store / "store.json").is_file():
+            supervisor.run("quantizer", command)
 
 
 def _same_model(model: Path, store: Path) -> None:

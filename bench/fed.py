@@ -49,15 +49,23 @@ class Fed:
     """
 
     def __init__(
-        self, store: Store, device: str, slots: str = DEQUANTIZED, context: int = 0
+        self,
+        store: Store,
+        device: str,
+        slots: str = DEQUANTIZED,
+        context: int = 0,
+        draft: Store | None = None,
     ) -> None:
-        """``context``: tokens that the feeder leaves room for; 0 for its own default."""
+        """``context``: tokens that the feeder leaves room for; 0 for its own default. ``draft``: the
+        store of a draft model, which is lent too."""
         self.store = store
         self._name = f"bench-{os.getpid()}"
         self._command = [
             sys.executable, "-m", "feeder", f"--model={store.path}", f"--name={self._name}",
             f"--device={device}", f"--slots={slots}", "--cache=1",
         ]  # fmt: skip
+        if draft is not None:
+            self._command.append(f"--draft={draft.path}")
         if context:
             self._command.append(f"--context={context}")
         self._stack, self._feeder = ExitStack(), ExitStack()

@@ -239,9 +239,10 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             metavar="KIND", help="of prompts: auto (the default), flash_attention_2, sdpa or eager",
         ),
         parser.add_argument(
-            "--speculate", default="auto", metavar="auto|off|lookup[:K]",
-            help="check up to K tokens that the text so far suggests in one pass; auto (the"
-            " default): on the CPU, while weights are streamed",
+            "--speculate", default="auto", metavar="auto|off|lookup[:K]|DIR[:K]",
+            help="check up to K tokens in one pass that the text so far suggests, or the small model"
+            " in DIR (for an engine alone: draft[:K]); auto (the default): lookup, on the CPU, while"
+            " weights are streamed",
         ),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from common.errors import UsageError
 
@@ -97,31 +98,42 @@ class Cache:
 
 @dataclass(frozen=True)
 class Speculate:
-    """``--speculate``: ``mode`` is off, lookup, or auto: lookup while weights are streamed.
+    """``--speculate``: ``mode`` is off, lookup, draft, or auto: lookup while weights are streamed.
 
-    ``most``: candidates that a pass checks at most, beside the token it is made for.
+    ``most``: candidates that a pass checks at most, beside the token it is made for. ``draft``: the
+    draft model's directory, where it was given; an engine takes the one that its feeder has.
     """
 
     mode: str = "auto"
     most: int = MOST_CANDIDATES
+    draft: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Speculate:
-        """From ``off``, ``auto``, ``lookup`` or ``lookup:4``. UsageError for anything else."""
-        match = re.fullmatch(r"(off|auto|lookup)|lookup:(\d{1,9})", text.strip().lower())
-        if match is None:
-            raise UsageError(
-                f"speculate {text!r} is not understood: give auto, off, lookup, or lookup:K"
-            )
-        if match[2] is None:
-            return cls(match[1])
-        most = int(match[2])
+        """From ``off``, ``auto``, ``lookup``, ``lookup:4``, ``draft:4``, or a directory, ``DIR:4``.
+        UsageError for anything else."""
+        name, _, number = text.strip().rpartition(":")
+        if not re.fullmatch(r"\d{1,9}", number) or Path(text).expanduser().is_dir():
+            name, number = text.strip(), ""
+        mode, draft = name.lower(), None
+        if mode not in ("off", "auto", "lookup", "draft"):
+            draft = Path(name).expanduser()
+            if not name or not draft.is_dir():
+                raise UsageError(
+                    f"speculate {text!r} is not understood: give auto, off, lookup, lookup:K, or a"
+                    " draft model's directory, DIR or DIR:K"
+                )
+            mode = "draft"
+        most = int(number) if number else MOST_CANDIDATES
+        if number and mode in ("off", "auto"):
+            raise UsageError(f"speculate {text!r}: {mode} takes no number: leave :{number} out")
         if not 1 <= most <= MOST_CANDIDATES:
             raise UsageError(
                 f"speculate {text!r}: a pass checks from 1 to {MOST_CANDIDATES} candidates:"
-                f" give lookup:1 to lookup:{MOST_CANDIDATES}"
+                f" give {name}:1 to {name}:{MOST_CANDIDATES}"
             )
-        return cls("lookup", most)
+        return cls(mode, most, draft)
 
     def __str__(self) -> str:
+        """As an engine is told."""
         return self.mode if self.most == MOST_CANDIDATES else f"{self.mode}:{self.most}"

@@ -15,7 +15,7 @@ import msgpack
 
 from common.errors import ProtocolError
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_ITEMS = 1 << 16
@@ -49,6 +49,9 @@ class Welcome:
     cache: str
     verify: bool
     engine_bytes: int  # that the engine may allocate for itself; 0 for whatever is free
+    weights: int  # of the store; those of a draft model follow
+    draft: str  # the draft model's store, "" if there is none
+    draft_fingerprint: str
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,16 @@ from demo.trainer import LossFunction, Rows, Trainer, mean_loss
 _STARTED = time.monotonic()
 
 
-def new_model(hidden: int, layers: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights: heads of 32, three query heads to a key/value head."""
+def new_model(hidden: int, layers: int, inner: int) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights: heads of 32, three query heads to a key/value head. ``inner``: the
+    width between gate and down."""
     tokens = tokenizer.build()
     special = {"eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
     special["bos_token_id"] = tokens.pad_token_id  # as Qwen2 has it; never put before a prompt
     config = Qwen2Config(
         vocab_size=len(tokens),
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 96,
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2, help="from start to the last step")
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of 96")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--inner", type=int, help="default: 8/3 of --hidden")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--examples", type=int, default=600_000)
     parser.add_argument("--held-out", type=int, default=2048, help="sums to choose the best by")
@@ -145,7 +147,7 @@ def main() -> None:
     held_out = torch.from_numpy(rows), torch.from_numpy(starts)
     log(f"{len(pool[0])} sums drawn")
     torch.manual_seed(args.seed)
-    model = new_model(args.hidden, args.layers)
+    model = new_model(args.hidden, args.layers, args.inner or args.hidden * 8 // 3)
     log(f"{sum(p.numel() for p in model.parameters())} parameters on {args.device}")
     trainer = Trainer(model, args.device)
     train(args, trainer, moved(pool, args.device), moved(held_out, args.device))

@@ -29,6 +29,10 @@ KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
 
 
+class NotLent(Exception):
+    """A draft model's weight is gone, with the feeder that lent it."""
+
+
 @dataclass
 class Stats:
     """What the engine has done and how long it waited. ``stall_s``: blocked on grants."""
@@ -49,6 +53,7 @@ class WeightClient:
         self._checksums: dict[tuple[int, str], int] = {}  # in verify mode, by weight and format
         self.packed = False  # whether slots hold packed weights, as far as they can be
         self.names: list[str] = []  # of the weights, for errors; empty until they are known
+        self._own_weights = 0  # of the model; those from there on are a draft's
         self._lock = threading.RLock()
         self._ledger = Ledger()
         self._pending: Pending[Lease] = Pending()  # released, their kernels still run
@@ -92,7 +97,8 @@ class WeightClient:
             self._early.clear()
 
     def acquire(self, weight: int) -> Lease:
-        """The lease of ``weight``; blocks until the feeder has granted it."""
+        """The lease of ``weight``; blocks until the feeder has granted it. NotLent for a weight of a
+        draft that is not there: nobody waits for those."""
         with self._lock:
             if len(self._pending) or self._idle:
                 self._return_complete()
@@ -219,8 +225,9 @@ class WeightClient:
 
     def _taken(self, lease: Lease) -> None:
         self.stats.uses += 1
-        if self._order is not None and lease.readers == 1:  # again at a breakpoint is not in order
-            self._learn(lease.grant.weight)
+        own = lease.grant.weight < self._own_weights
+        if own and self._order is not None and lease.readers == 1:
+            self._learn(lease.grant.weight)  # more readers, as at a breakpoint, are not in order
         if self._verify:
             self._check(lease, "grant")
 
@@ -237,6 +244,8 @@ class WeightClient:
         self._turn()  # it may have been granted long ago, and only be unread
         if granted():
             return taken[0]
+        if weight >= self._own_weights:
+            raise NotLent(f"weight {weight} of the draft model is not lent any more")
         self._needed = weight
         try:
             if self._ledger.returning(weight):  # a need must not overtake the release of its weight
@@ -368,6 +377,7 @@ class WeightClient:
         feeder = self._connection.feeder
         assert feeder is not None
         self._verify = self._verify or feeder.verify
+        self._own_weights = feeder.weights
         if self._plan is not None:
             self._connection.send(self._plan)
         if self._needed is not None:
@@ -387,6 +397,8 @@ class WeightClient:
     def _obey(self, message: p.Message) -> None:
         assert self._memory is not None
         match message:
+            case p.Grant(weight=weight) if self._foreign(weight):
+                pass
             case p.Grant(weight=weight):
                 if not self._ledger.grant(message):
                     self._connection.ignored += 1
@@ -411,6 +423,10 @@ class WeightClient:
                 self._memory.limit(engine_bytes)
             case _:
                 self._connection.ignored += 1
+
+    def _foreign(self, weight: int) -> bool:
+        """Whether it belongs to another draft model than this engine knows."""
+        return weight >= self._own_weights and not self._connection.lends_draft
 
     def _map(self, memory: Memory, export: p.Export) -> None:
         memory.bind_thread()

@@ -49,6 +49,7 @@ class Connection:
         self.malformed = self.ignored = self.lost_feeders = self._complaints = 0
         self._fingerprint = ""  # of the store that this engine works with
         self._kind: tuple[str, str] | None = None  # dtype and device that the model was built for
+        self._draft = ""  # the fingerprint of the draft model that the first feeder had
         self._refused_pid = 0
         self._said = ""
         self._ready: set[int] = set()
@@ -78,6 +79,11 @@ class Connection:
             self._lose("has ended")
         if self.feeder is None:
             self._hello()
+
+    @property
+    def lends_draft(self) -> bool:
+        """Whether the feeder has the draft model that this engine began with."""
+        return self.feeder is not None and self.feeder.draft_fingerprint == self._draft != ""
 
     def send(self, message: p.Message) -> None:
         """To the feeder, if there is one."""
@@ -196,6 +202,8 @@ class Connection:
         self._poller.add(self._watch_fd)
         if self._fingerprint:
             log.info("feeder %d takes over; going on", welcome.pid)
+        else:
+            self._draft = welcome.draft_fingerprint
         self._fingerprint, self._kind = welcome.fingerprint, kind
         self.feeder = welcome
         self._found()

@@ -242,7 +242,9 @@ class Generator:
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=config,
-                custom_generate=partial(self._loop, put=stream.put),
+                custom_generate=partial(
+                    self._loop, put=stream.put, seeded=sampling.seed is not None
+                ),
             )
             stream.end()
         except Stopped:

@@ -6,19 +6,23 @@ one has been read, so that the GPU does not wait for the host; when the text end
 for nothing. With streamed weights, where a token costs a pass over the link, nothing is launched in vain;
 there a pass takes candidates for the tokens that follow along, if there are any. What their logits choose
 is chosen in the same way, one after the other: a candidate that is not what is chosen, and all after it,
-were for nothing. So the text does not depend on candidates; docs/speculation.md has the argument.
+were for nothing. So the text does not depend on candidates; where a draft model drew them, and no seed
+promises more, its distribution does not. docs/speculation.md has the argument.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from engine.acceptance import draw
 from engine.cache import make_cache, past, reserve, rounded, windows_of
+from engine.draft import Draft, Drafted
 from engine.speculation import Speculation
 from engine.step import Step
 
@@ -28,12 +32,17 @@ Survive = Callable[[Callable[[], Any], DynamicCache], Any]
 class Loop:
     """``step``: takes single tokens, if the model can be stepped through. ``survive``: makes a call,
     again if memory ran out in it and could be had. ``speculation``: proposes candidates, if any are
-    wanted."""
+    wanted. ``draft``: whom it may ask for them."""
 
     def __init__(
-        self, step: Step | None, survive: Survive, speculation: Speculation | None = None
+        self,
+        step: Step | None,
+        survive: Survive,
+        speculation: Speculation | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._step, self._survive, self._speculation = step, survive, speculation
+        self._draft = draft
         self._cache: DynamicCache | None = None
 
     def __call__(
@@ -45,12 +54,15 @@ class Loop:
         generation_config: Any = None,
         *,
         put: Callable[[torch.Tensor], object],
+        seeded: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        """The prompt and what was generated, [1, tokens]; ``put`` gets each token, [1], on the host. The
-        rest is what ``generate`` gives its decoding methods."""
+        """The prompt and what was generated, [1, tokens]; ``put`` gets each token, [1], on the host.
+        ``seeded``: the very draws count, not their distribution alone. The rest is what ``generate``
+        gives its decoding methods."""
         cache = self._cache_for(model, input_ids.shape[1] + 1)
-        state = _State(input_ids, logits_processor, stopping_criteria, generation_config.do_sample)
+        sample = generation_config.do_sample
+        state = _State(input_ids, logits_processor, stopping_criteria, sample, seeded)
         if self._speculation is not None:
             self._speculation.begin(input_ids[0].tolist())
         logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
@@ -64,9 +76,9 @@ class Loop:
                     if ahead is not None:
                         state.ids = state.ids[:, :-1]  # launched in vain
                     break
-                candidates = self._candidates(0 if ahead else state.room - 1)
+                candidates, chances = self._candidates(state, 0 if ahead else state.room - 1)
                 if candidates:
-                    unread = self._check(model, candidates, state, cache, put)
+                    unread = self._check(model, candidates, chances, state, cache, put)
                 else:
                     unread = ahead or self._choose(
                         state, self._next(model, state.last, cache), cache
@@ -93,13 +105,27 @@ class Loop:
             self._speculation.add(int(token))
         return ended
 
-    def _candidates(self, limit: int) -> list[int]:
-        return [] if self._speculation is None else self._speculation.propose(limit)
+    def _candidates(self, state: _State, limit: int) -> tuple[list[int], list[torch.Tensor | None]]:
+        """Candidates, and what each was drawn from; none of the latter where that does not count."""
+        if self._speculation is None:
+            return [], []
+        draft, found = self._draft, Drafted()
+
+        def drafted(count: int) -> list[int]:
+            nonlocal found
+            assert draft is not None
+            with state.draws_kept():
+                found = draft.propose(state.ids, count, state.guess)
+            return found.tokens
+
+        tokens = self._speculation.propose(limit, None if draft is None else drafted)
+        return tokens, found.chances or [None] * len(tokens)
 
     def _check(
         self,
         model: Any,
         candidates: list[int],
+        chances: list[torch.Tensor | None],
         state: _State,
         cache: DynamicCache,
         put: Callable[[torch.Tensor], object],
@@ -115,7 +141,8 @@ class Loop:
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ids.shape[1]
         )
         for count, candidate in enumerate(candidates):
-            unread = self._choose(state, output.logits[:, count], cache)
+            proposed = ids[:, count + 1 : count + 2], chances[count]
+            unread = self._choose(state, output.logits[:, count], cache, *proposed)
             token, ended = unread.read()
             if ended or int(token) != candidate:
                 break
@@ -149,8 +176,14 @@ class Loop:
         layers = past(self._cache) if self._cache else []
         return layers[0].capacity if layers and layers[0].memory is not None else 0
 
-    def _choose(self, state: _State, logits: torch.Tensor, cache: DynamicCache) -> _Unread:
-        unread: _Unread = self._restfully(lambda: state.choose(logits), cache)
+    def _choose(
+        self,
+        state: _State,
+        logits: torch.Tensor,
+        cache: DynamicCache,
+        *proposed: torch.Tensor | None,
+    ) -> _Unread:
+        unread: _Unread = self._restfully(lambda: state.choose(logits, *proposed), cache)
         return unread
 
     def _restfully(self, call: Callable[[], Any], cache: DynamicCache) -> Any:
@@ -193,9 +226,12 @@ class Loop:
 class _State:
     """The tokens so far, and how the next is chosen: as transformers' own loop does."""
 
-    def __init__(self, ids: torch.Tensor, processor: Any, criteria: Any, sample: bool) -> None:
+    def __init__(
+        self, ids: torch.Tensor, processor: Any, criteria: Any, sample: bool, seeded: bool
+    ) -> None:
         self.ids = ids
-        self._processor, self._criteria, self._sample = processor, criteria, sample
+        self._processor, self._criteria = processor, criteria
+        self._sample, self._seeded = sample, seeded
         self._max_length = sys.maxsize if criteria.max_length is None else criteria.max_length
 
     @property
@@ -208,18 +244,47 @@ class _State:
         """How many tokens may follow, at most."""
         return self._max_length - self.ids.shape[1]
 
-    def choose(self, logits: torch.Tensor) -> _Unread:
-        """Queue the choice of the token that follows; on CUDA the host does not wait for it."""
+    def choose(
+        self,
+        logits: torch.Tensor,
+        candidate: torch.Tensor | None = None,
+        believed: torch.Tensor | None = None,
+    ) -> _Unread:
+        """Queue the choice of the token that follows; on CUDA the host does not wait for it.
+        ``candidate`` was drawn from ``believed``, if that is given."""
         scores = self._processor(self.ids, logits.to(torch.float32, copy=True))
         if self._sample:
-            chances = torch.nn.functional.softmax(scores, dim=-1)
-            token = torch.multinomial(chances, num_samples=1)
+            token = draw(torch.nn.functional.softmax(scores, dim=-1), candidate, believed)
         else:
             token = torch.argmax(scores, dim=-1, keepdim=True)
         ids = torch.cat([self.ids, token], dim=1)
         unread = _Unread(token, self._criteria(ids, scores))
         self.ids = ids
         return unread
+
+    def guess(
+        self, ids: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What would be chosen after ``ids`` if ``logits``, a draft's, were right: the token, [1, 1],
+        and the chances that it was drawn from. None if it would be chosen again just so: the likeliest,
+        or by the same draws."""
+        scores = self._processor(ids, logits.to(torch.float32, copy=True))
+        if not self._sample:
+            return torch.argmax(scores, dim=-1, keepdim=True), None
+        chances = torch.nn.functional.softmax(scores, dim=-1)
+        token = torch.multinomial(chances, num_samples=1)
+        return token, None if self._seeded else chances
+
+    @contextmanager
+    def draws_kept(self) -> Iterator[None]:
+        """With a seed, what is drawn in here will be drawn again: a draft that is nearly right then
+        draws nearly always what the model will, and the text is that of the seed."""
+        if not (self._sample and self._seeded):
+            yield
+            return
+        devices = [self.ids.device] if self.ids.is_cuda else []
+        with torch.random.fork_rng(devices):
+            yield
 
 
 class _Unread:

@@ -48,9 +48,11 @@ def build_model(
     memory: Memory,
     dtype: torch.dtype,
     attention: str = "auto",
+    first_weight: int = 0,
 ) -> PreTrainedModel:
     """The model on ``memory.device``, in which every Linear that the store holds is a FedLinear.
 
+    ``first_weight``: by what index the feeder knows the store's first weight.
     Raises ConfigError if transformers refuses the config, StoreError if store and model disagree,
     StoreCorruptError if a resident is damaged.
     """
@@ -68,7 +70,7 @@ def build_model(
             residents[entry.name] = host_table(tensor, dtype, memory)
         else:
             residents[entry.name] = tensor.to(device=device, dtype=dtype)
-    _feed_linears(model, store, client, dtype, residents, Products(device, dtype))
+    _feed_linears(model, store, client, dtype, residents, Products(device, dtype), first_weight)
     _assign(model, residents)
     if store.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -121,8 +123,9 @@ def _feed_linears(
     dtype: torch.dtype,
     residents: dict[str, torch.Tensor],
     products: Products,
+    first_weight: int,
 ) -> None:
-    for index, entry in enumerate(store.weights):
+    for index, entry in enumerate(store.weights, first_weight):
         parent_name, _, name = entry.name.rpartition(".")
         try:
             linear = model.get_submodule(entry.name)

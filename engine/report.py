@@ -135,10 +135,13 @@ def _speculation(summary: dict[str, Any]) -> str:
         return ""
     saved = summary["saved_s"]
     resting = ", which does not pay here and rests" if summary["speculation_resting"] else ""
+    drafted = summary["drafted_passes"] > 0
+    drafting = f" {summary['drafting_s']:.2f} s drafting," if drafted else ""
     return (
-        f"; lookup{resting}: {summary['tokens_per_pass']:.2f} tokens a pass,"
+        f"; {'draft' if drafted else 'lookup'}{resting}:"
+        f" {summary['tokens_per_pass']:.2f} tokens a pass,"
         f" {100 * summary['acceptance']:.0f} % of {summary['candidates']} candidates accepted,"
-        f" about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"
+        f"{drafting} about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"
     )
 
 

@@ -1,7 +1,7 @@
 """Candidates for the tokens that follow, and what came of them.
 
-Owns one text's lookup, the pace, and the figures of a run. Knows no model: the loop checks candidates, and
-says which tokens there really were. Whatever is proposed, the text is the same.
+Owns one text's lookup, the paces, and the figures of a run. Knows no model: the loop drafts and checks
+candidates, and says which tokens there really were. Whatever is proposed, the text is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from common.config import Speculate
 from engine.lookup import Lookup
-from engine.pace import Pace
+from engine.pace import Costs, Pace
+
+Drafting = Callable[[int], list[int]]
 
 
 class Pass(NamedTuple):
@@ -22,7 +24,29 @@ class Pass(NamedTuple):
     candidates: int
     accepted: int
     tokens: int  # the accepted ones and, unless the text ended there, one more
-    seconds: float
+    seconds: float  # of the pass itself
+    drafted: bool
+    drafting_s: float
+
+
+class _Guess:
+    """Tokens that a source expects, until one of them does not come."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self._tokens: list[int] = []
+        self._match = 0  # that the first of them follows
+
+    def expect(self, tokens: list[int], match: int) -> None:
+        self._tokens, self._match = list(tokens), match
+
+    def add(self, token: int) -> None:
+        if self._tokens:
+            right = self._tokens.pop(0) == token
+            self.pace.saw(self._match, right)
+            self._match += 1
+            if not right:
+                self._tokens = []
 
 
 class Speculation:
@@ -37,86 +61,131 @@ class Speculation:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
         ``clock``: seconds, for the cost of passes."""
         self._asked, self._streams, self._clock = asked, streams, clock
-        self._pace = Pace()
+        self._costs = Costs()
+        self._looked_up = _Guess(Pace(self._costs))
+        self._drafted = _Guess(Pace(self._costs, drafts=True))
+        self._guesses = [self._looked_up]
+        if asked.mode == "draft":
+            self._guesses.append(self._drafted)
         self._passes: list[Pass] = []  # after the prompt's
         self._text: list[int] = []
         self._lookup = Lookup()
-        self._guess: list[int] = []  # not yet contradicted; the first follows a match of ``_match``
-        self._match = 0
+        self._checked: list[int] = []  # candidates of this pass, not yet contradicted
+        self._pace = self._looked_up.pace  # that chose them
         self._since: float | None = None  # begin of the pass that is being made
         self._width = self._tokens = 0  # that it checks, and that came of it so far
-        self._taken = 0  # of the guess
+        self._taken = 0  # of the candidates
+        self._drafting_s = 0.0
 
     @property
     def resting(self) -> bool:
         """Whether no candidates are wanted now, so that the next token may be computed ahead."""
-        return self._pace.resting or (self._asked.mode == "auto" and not self._streams())
+        if self._asked.mode == "auto" and not self._streams():
+            return True
+        return all(guess.pace.resting for guess in self._guesses)
 
     def begin(self, prompt: list[int]) -> None:
         self._text, self._lookup = list(prompt), Lookup()
-        self._guess, self._since = [], None
+        self._checked, self._since = [], None
+        for guess in self._guesses:
+            guess.expect([], 0)
 
     def add(self, token: int) -> None:
         """The text goes on with ``token``."""
         self._text.append(token)
         self._tokens += 1
-        if not self._guess:
-            return
-        right = self._guess.pop(0) == token
-        self._pace.saw(self._match, right)
-        self._match += 1
-        if not right:
-            self._guess = []
-        elif self._taken < self._width - 1:
-            self._taken += 1
+        for guess in self._guesses:
+            guess.add(token)
+        if self._checked:
+            if self._checked.pop(0) == token:
+                self._taken += 1
+            else:
+                self._checked = []
 
-    def propose(self, limit: int) -> list[int]:
-        """Candidates for the next pass, at most ``limit``, which begins now. One more is kept in mind:
-        whether that is right tells about guesses without a check."""
+    def propose(self, limit: int, draft: Drafting | None = None) -> list[int]:
+        """Candidates for the next pass, at most ``limit``, which begins now. ``draft`` makes a draft
+        model propose so many; it may have none to give."""
         self.end()
-        candidates: list[int] = []
+        self._drafting_s, candidates = 0.0, []
         if limit > 0 and not self.resting:
-            for token in self._text[len(self._lookup) :]:
-                self._lookup.add(token)
-            self._match = self._lookup.match
-            count = self._pace.choose(self._match, min(limit, self._asked.most))
-            self._guess = self._lookup.guess(count + 1)
-            candidates = self._guess[:count]
-        self._since = self._clock()
+            candidates = self._candidates(min(limit, self._asked.most), draft)
+        self._checked, self._since = list(candidates), self._clock()
         self._width, self._tokens, self._taken = 1 + len(candidates), 0, 0
         return candidates
 
     def end(self) -> None:
         """The pass is over, if there was one."""
-        since, self._since, self._guess = self._since, None, []
+        since, self._since, self._checked = self._since, None, []
+        for guess in self._guesses:
+            guess.expect([], 0)
         if since is None or not self._tokens:
             return
         seconds = self._clock() - since
-        self._pace.took(self._width, seconds)
-        self._passes.append(Pass(self._width - 1, self._taken, self._tokens, seconds))
+        self._costs.took(self._width, seconds)
+        for guess in self._guesses:
+            guess.pace.passed()
+        if self._width > 1:
+            self._pace.brought(self._tokens, seconds + self._drafting_s)
+        drafted = self._width > 1 and self._pace is self._drafted.pace
+        count, taken = self._width - 1, self._taken
+        done = Pass(count, taken, self._tokens, seconds, drafted, self._drafting_s)
+        self._passes.append(done)
+
+    def _candidates(self, limit: int, draft: Drafting | None) -> list[int]:
+        """From the source that promises more; both are learned from."""
+        for token in self._text[len(self._lookup) :]:
+            self._lookup.add(token)
+        lookup, match = self._looked_up.pace, self._lookup.match
+        choice = lookup.choose(match, limit)
+        # One more is kept in mind: whether that is right tells about guesses without a check.
+        guess = self._lookup.guess(choice.candidates + 1)
+        self._looked_up.expect(guess, match)
+        if draft is not None and self._asked.mode == "draft":
+            drafts = self._drafted.pace.choose(1, limit)
+            if drafts.gain > choice.gain and (drafted := self._draft(draft, drafts.candidates)):
+                self._pace = self._drafted.pace
+                return drafted
+        self._pace = lookup
+        return guess[: choice.candidates]
+
+    def _draft(self, draft: Drafting, count: int) -> list[int]:
+        start = self._clock()
+        drafted = draft(count)
+        self._drafting_s = self._clock() - start
+        if drafted:
+            self._drafted.pace.drafted(len(drafted), self._drafting_s)
+            self._drafted.expect(drafted, 1)
+        return drafted
 
     def figures(self) -> dict[str, Any]:
         """For the summary. ``saved_s`` is an estimate: against passes of one token each, as they were in
         this run. Milliseconds a token are the median over tokens, those of a pass alike."""
         passes = self._passes
         tokens = sum(done.tokens for done in passes)
-        each = [1000 * done.seconds / done.tokens for done in passes for _ in range(done.tokens)]
+        each = [
+            1000 * (done.seconds + done.drafting_s) / done.tokens
+            for done in passes
+            for _ in range(done.tokens)
+        ]
         wide = [done for done in passes if done.candidates]
         ones = [done.seconds for done in passes if not done.candidates]
+        drafting_s = sum(done.drafting_s for done in passes)
         saved_s = 0.0
         if ones:
-            saved_s = sum(done.tokens * median(ones) - done.seconds for done in wide)
+            saved_s = sum(done.tokens * median(ones) - done.seconds for done in wide) - drafting_s
         candidates = sum(done.candidates for done in wide)
         accepted = sum(done.accepted for done in wide)
         return {
             "speculate": str(self._asked),
             "passes": len(passes),
             "wide_passes": len(wide),
+            "drafted_passes": sum(done.drafted for done in wide),
             "tokens_per_pass": round(tokens / len(passes), 3) if passes else 0.0,
             "candidates": candidates,
             "accepted": accepted,
             "acceptance": round(accepted / max(1, candidates), 4),
+            "drafting_s": round(drafting_s, 4),
             "saved_s": round(saved_s, 4),
-            "speculation_resting": self._pace.resting,
+            "speculation_resting": self._guesses[-1].pace.resting,  # of what was asked for
             "ms_per_token_median": round(median(each), 3) if each else 0.0,
         }

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags
     from transformers import PreTrainedModel
 
     from engine.batch.batch import Batch
+    from engine.draft import Draft
     from engine.generate import Generator, Sampling
     from engine.report import Report
     from engine.speculation import Speculation
@@ -91,7 +92,11 @@ def with_model(
 ) -> None:
     """Make the model ready, let it ``work``, and give everything back. ``batch``: so many sequences
     may share a pass. Raises WeightFeederError."""
-    Speculate.parse(arguments.speculate)
+    if Speculate.parse(arguments.speculate).draft is not None:
+        raise UsageError(
+            f"--speculate {arguments.speculate}: an engine takes the draft model of its feeder: start"
+            " that with --draft STORE, and this with --speculate draft"
+        )
     raise_on_termination()
     if arguments.debugpy is not None:
         _wait_for_editor(arguments.debugpy)
@@ -150,6 +155,7 @@ def _generate(
     dtype = getattr(torch, feeder.dtype)
     codec = codec_for(store)
     model = build_model(store, client, memory, dtype, arguments.attention)
+    draft = _draft(arguments, store, client, memory, dtype)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     keeper = MemoryKeeper(model, client, memory)
     reason = supports(model)
@@ -159,7 +165,7 @@ def _generate(
     speculation = None
     if most == 1:  # candidates are of one sequence
         speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
-    loop = Loop(step, keeper.survive, speculation)
+    loop = Loop(step, keeper.survive, speculation, draft)
 
     def chunk(tokens: int) -> int | None:
         return keeper.chunk(tokens, loop.kept_tokens)
@@ -232,6 +238,28 @@ def _speculation(
         return not (step is not None and step.graphed) and not client.stay(weights)
 
     return Speculation(asked, streams)
+
+
+def _draft(
+    arguments: argparse.Namespace,
+    store: Store,
+    client: WeightClient,
+    memory: Memory,
+    dtype: torch.dtype,
+) -> Draft | None:
+    """The draft model that the feeder has, if it is asked for. UsageError if there is none."""
+    from engine.draft import lent_draft
+
+    feeder = client.wait_for_feeder()
+    if Speculate.parse(arguments.speculate).mode != "draft":
+        return None
+    if not feeder.draft:
+        raise UsageError(
+            f"--speculate draft: feeder {arguments.name!r} has no draft model: start it with --draft"
+            " STORE, or give launch.py --speculate DIR"
+        )
+    stepped = not arguments.no_step
+    return lent_draft(client, store, memory, dtype, arguments.attention, stepped)
 
 
 def _answer(

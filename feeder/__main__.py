@@ -25,6 +25,11 @@ def make_parser() -> Parser:
         "Keeps an INT4 store in pinned host memory and feeds an engine from it.", _EXAMPLES,
     )  # fmt: skip
     parser.add_argument("--model", required=True, metavar="STORE", help="a store directory")
+    parser.add_argument(
+        "--draft",
+        metavar="STORE",
+        help="a small model's store, lent beside it for --speculate draft",
+    )
     parser.add_argument("--plan", action="store_true", help="say what to expect, and serve nothing")
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
     add_feeder(parser)

@@ -46,8 +46,18 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class DraftPart:
+    """A draft model: ``slot_bytes`` are what its slots take, ``packed`` whether any of them is."""
+
+    store: Store
+    slot_bytes: int
+    packed: bool
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device. ``tokens``: of the KV cache; ``pass_tokens``: of the longest pass."""
+    """Bytes on the device. ``tokens``: of the KV cache; ``pass_tokens``: of the longest pass. A draft
+    model has slots of its own, which are no part of the cache, and a KV cache and residents."""
 
     contexts: int
     staging: int
@@ -58,16 +68,19 @@ class Footprint:
     slack: int
     tokens: int
     pass_tokens: int
+    draft_slots: int = 0
+    draft_engine: int = 0
 
     @property
     def engine_bytes(self) -> int:
         """What the engine allocates, its context left out."""
-        return self.residents + self.kv_cache + self.activations + self.scratch + self.slack
+        own = self.residents + self.kv_cache + self.activations + self.scratch + self.slack
+        return own + self.draft_engine
 
     @property
     def total(self) -> int:
         """Everything but the slots, of both processes."""
-        return self.contexts + self.staging + self.engine_bytes
+        return self.contexts + self.staging + self.draft_slots + self.engine_bytes
 
     def __str__(self) -> str:
         """``contexts 1.07 GB, staging …``, for errors and plans."""
@@ -79,6 +92,8 @@ class Footprint:
             f"activations of {self.pass_tokens:,} tokens": self.activations,
             "scratch for packed weights": self.scratch,
             "slack": self.slack,
+            "the draft model's slots": self.draft_slots,
+            "the draft model's KV cache, norms and biases": self.draft_engine,
         }
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
@@ -90,28 +105,41 @@ def footprints(
     limits: Limits,
     staging_bytes: int,
     packed: bool,
+    draft: DraftPart | None = None,
 ) -> Iterator[Footprint]:
     """As it is best, and then with passes of fewer and fewer tokens, for devices that have less.
 
     ``packed``: whether any slot holds a packed weight.
     """
-    largest = max((entry.elements for entry in store.weights), default=0)
+    scratch = _scratch_bytes(store, dtype) if packed else 0
     tokens = kept_tokens(store.config, limits.context, limits.batch)
     kv_cache = kv_bytes(store.config, tokens, dtype.itemsize)
     longest = min(limits.context or PLANNED_CONTEXT, model_context(store.config), LONGEST_PASS)
+    configs, draft_engine, growing = [store.config], 0, kv_cache
+    if draft is not None:
+        configs.append(draft.store.config)
+        draft_kv = kv_bytes(draft.store.config, tokens, dtype.itemsize)
+        draft_engine = _resident_bytes(draft.store, dtype, device) + draft_kv
+        growing += draft_kv
+        scratch += _scratch_bytes(draft.store, dtype) if draft.packed else 0
     while True:
-        activations = WORKSPACE_BYTES
-        activations += activation_bytes(store.config, longest, dtype.itemsize, limits.batch)
+        # The two never compute at once: one takes what the other has let go of.
+        activations = max(
+            activation_bytes(c, longest, dtype.itemsize, limits.batch) for c in configs
+        )
+        activations += WORKSPACE_BYTES
         yield Footprint(
             contexts=0 if device.type == "cpu" else 2 * CONTEXT_BYTES,
             staging=staging_bytes,
             residents=_resident_bytes(store, dtype, device),
             kv_cache=kv_cache,
             activations=activations,
-            scratch=min(SCRATCH_ELEMENTS, largest) * dtype.itemsize if packed else 0,
-            slack=(kv_cache + activations) // SLACK_SHARE,
+            scratch=scratch,
+            slack=(growing + activations) // SLACK_SHARE,
             tokens=tokens,
             pass_tokens=longest,
+            draft_slots=0 if draft is None else draft.slot_bytes,
+            draft_engine=draft_engine,
         )
         if longest <= PASS_STEP:
             return
@@ -144,7 +172,8 @@ def slot_room(
 ) -> Room:
     """What both bounds, the device and ``--vram``, leave for slots.
 
-    ``free_bytes``: of the device now, where the feeder's own context and staging are taken already,
+    ``free_bytes``: of the device now, where the feeder's own context and staging and a draft model's
+    slots are taken already,
     and the engine's share too, or most of it, if ``engine_runs``. ``given_bytes``: what slots have
     given up to the engine beyond its share.
     """
@@ -159,6 +188,11 @@ def slot_room(
     available = limits.vram_bytes - given_bytes
     asked = Room(footprint, available - total, "--vram gives", available, 0)
     return min(asked, device, key=lambda room: room.size_bytes)
+
+
+def _scratch_bytes(store: Store, dtype: torch.dtype) -> int:
+    largest = max((entry.elements for entry in store.weights), default=0)
+    return min(SCRATCH_ELEMENTS, largest) * dtype.itemsize
 
 
 def _resident_bytes(store: Store, dtype: torch.dtype, device: torch.device) -> int:

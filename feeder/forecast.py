@@ -47,6 +47,17 @@ class Subject:
     quality: Quality | None = None  # against its original, if that was measured
     beside: str = ""  # what both processes take of the device beside the slots, part by part
     copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
+    draft: Draft | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft model, which is resident beside the slots."""
+
+    store: str
+    weights: int
+    packed_bytes: int
+    slot_bytes: int
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,16 @@ def subject_of(slots: SlotMemory) -> f.Subject:
         method=store.method,
         quality=store.quality,
         beside=str(slots.footprint),
+        draft=_draft_of(slots),
     )
+
+
+def _draft_of(slots: SlotMemory) -> f.Draft | None:
+    draft = slots.draft
+    if draft is None:
+        return None
+    store = draft.store
+    return f.Draft(store.path.name, len(store.weights), store.packed_bytes, draft.size_bytes)
 
 
 def pci_address(memory: CudaMemory) -> str:

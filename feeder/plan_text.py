@@ -20,6 +20,13 @@ def lines(
     told = [_machine_line(subject, around)]
     if subject.quality is not None:
         told.append(f"quantized by {subject.method or 'a method unknown'}: {subject.quality}")
+    if subject.draft is not None:
+        draft = subject.draft
+        told.append(
+            f"draft model {draft.store}, {format_bytes(draft.packed_bytes)} packed in"
+            f" {_weights(draft.weights)}: resident in {format_bytes(draft.slot_bytes)} of slots of its"
+            " own; what it saves is not reckoned with"
+        )
     if found is None:
         return [*told, f"{strategy}: {format_bytes(subject.capacity.size_bytes)} of slots"]
     packed, streamed = subject.traffic.packed, found.steady.streamed
@@ -90,6 +97,7 @@ def as_json(
         "copies": len(subject.copies),
         "all_fit": subject.all_fit,
         "beside_slots": subject.beside,
+        "draft": asdict(subject.draft) if subject.draft else None,
         "device": around.device,
         "mps": around.mps,
         "measured": asdict(around.measured) if around.measured else None,

@@ -24,6 +24,7 @@ from common.plan import Plan
 from common.process import Leash, SignalFlag, Terminated, watch
 from common.slots import Slot
 from common.wait import Pending, Wakeup
+from feeder.draft_memory import DraftMemory
 from feeder.filler import Filler
 from feeder.footprint import Limits
 from feeder.host import HostStore
@@ -64,10 +65,12 @@ class Feeder:
         slots: str,
         verify: bool = False,
         limits: Limits | None = None,
+        draft: DraftMemory | None = None,
     ) -> None:
-        """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes."""
+        """``wakeup``: what ``filler`` wakes the loop by; ``directory``: where the socket goes;
+        ``draft``: lent beside the slots, and closed with them."""
         self.slots = SlotMemory(
-            host.store, memory, dtype, directory, cache, strategy, slots, filler, limits
+            host.store, memory, dtype, directory, cache, strategy, slots, filler, limits, draft
         )
         self.scheduler = Scheduler(
             self.slots.plan, self.slots.sizes, self.slots.capacity, strategy,
@@ -130,6 +133,7 @@ class Feeder:
 
     def close(self) -> None:
         """Say goodbye, finish what is on its way, give everything back."""
+        served, draft = self._engine is not None, self.slots.draft
         mapped = self._engine is not None and self._engine.mapped
         if self._engine is not None:
             self._send(p.Goodbye(self._stopping or "the feeder ends"))
@@ -138,6 +142,8 @@ class Feeder:
         self._filler.close()
         if not mapped:  # else its kernels may be reading: the end of this process frees the memory
             self.slots.close()
+        if draft is not None and not served:
+            draft.close()
 
     def _patience_s(self) -> float | None:
         if len(self._fills) and self._memory.device.type == "cuda":
@@ -287,6 +293,7 @@ class Feeder:
             self._server.send(peer, p.Failure("pid", str(error)))
             return
         self._poller.add(self._engine.watch_fd)
+        draft = self.slots.draft
         log.info("engine %d is here", hello.pid)
         self._send(
             p.Welcome(
@@ -294,8 +301,12 @@ class Feeder:
                 dtype=str(self.slots.dtype).removeprefix("torch."), device=self._memory.identity,
                 strategy=self.scheduler.strategy.name, cache=str(self.slots.cache),
                 verify=self._verifier is not None, engine_bytes=self.slots.engine_bytes,
+                weights=len(self._store.weights), draft=str(draft.store.path) if draft else "",
+                draft_fingerprint=draft.store.fingerprint if draft else "",
             )
         )  # fmt: skip
+        for message in draft.messages(self.slots.engine_bytes) if draft else ():
+            self._send(message)
         if not self._swap.waiting:
             self._export()
         self.scheduler.attach()

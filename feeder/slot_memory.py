@@ -21,6 +21,7 @@ from common.process import ENGINE_LOCK, MODEL_LOCK, Lock
 from common.store import Store
 from feeder.arena import aligned
 from feeder.budget import Request, slot_formats, slot_sizes
+from feeder.draft_memory import SEGMENT, DraftMemory
 from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 from feeder.strategies.resident import spread
@@ -58,9 +59,11 @@ class SlotMemory:
         slots: str,
         beside: Beside,
         limits: Limits | None = None,
+        draft: DraftMemory | None = None,
     ) -> None:
         """``beside`` is told, before memory is shared out, whether slots are to be dequantized into, and
-        then of which weights it may keep copies. It allocates in ``memory``, and nobody else does.
+        then of which weights it may keep copies. It allocates in ``memory``, and nobody else does, but
+        for the ``draft`` that is there already.
 
         Raises MemoryShortageError where not even one weight fits.
         """
@@ -69,6 +72,7 @@ class SlotMemory:
         self._beside = beside
         self._directory, self._limits = directory, limits or Limits()
         self._given_bytes = 0  # to the engine, beyond its share
+        self.draft = draft
         self.formats = slot_formats(store, slots, strategy)
         self.sizes = slot_sizes(store, dtype, self.formats)
         self.plan = Plan(tuple(range(len(store.weights))))
@@ -76,7 +80,7 @@ class SlotMemory:
         self.footprint = self._choose_footprint()
         share = self.fitting(strategy, cache, self.formats)
         self.capacity, self.copies = share.capacity, share.copies
-        self.segment_id = 0
+        self.segment_id = SEGMENT + 1
         self._segment: Segment = self._allocate()
 
     def fitting(
@@ -125,7 +129,7 @@ class SlotMemory:
         memory, free_bytes = self.memory, self.memory.free_bytes()
         choices = footprints(
             self.store, self.dtype, memory.device, self._limits, self._staging_bytes,
-            packed=PACKED in self.formats,
+            packed=PACKED in self.formats, draft=self.draft.part if self.draft else None,
         )  # fmt: skip
         for footprint in choices:
             if self._room(footprint, free_bytes).size_bytes >= max(self.sizes):
@@ -133,10 +137,13 @@ class SlotMemory:
         return footprint
 
     def _stage(self, formats: list[str]) -> None:
-        """There is no segment now: all that is allocated is the staging, and copies that go."""
+        """There is no segment now but a draft's: all else that is allocated is the staging, and copies
+        that go."""
         self._beside.use_copies(())
         self._beside.use_staging(DEQUANTIZED in formats)
         self._staging_bytes = self.memory.allocated
+        if self.draft is not None:
+            self._staging_bytes -= self.draft.allocated_bytes
 
     def _room(self, footprint: Footprint, free_bytes: int) -> Room:
         if Lock.holder(self._directory / ENGINE_LOCK) is None:

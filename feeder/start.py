@@ -26,7 +26,9 @@ from common.process import (
 from common.shared import SHM_DIRECTORY
 from common.store import Store
 from common.trace import Tracer
+from common.vocabulary import shared_vocabulary
 from common.wait import Wakeup
+from feeder.draft_memory import DraftMemory
 from feeder.filler import filler_for
 from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
@@ -42,13 +44,10 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
     that would be. Raises WeightFeederError."""
     cache, limits = Cache.parse(arguments.cache), _limits(arguments)
     strategy = make_strategy(arguments.strategy)
-    path = Path(arguments.model).resolve()  # an engine may be started elsewhere
-    if path.is_file() or (not (path / "store.json").is_file() and (path / "config.json").is_file()):
-        raise StoreError(
-            f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
-            " first, or launch.py, which does"
-        )
-    store = Store.open(path)
+    store = _open(arguments.model)
+    draft_store = None if arguments.draft is None else _open(arguments.draft)
+    if draft_store is not None:
+        shared_vocabulary(store.path, draft_store.path)  # raises if there is none
     raise_on_termination()  # until the feeder's loop is there to obey signals
     directory = run_directory(arguments.name)
     with ExitStack() as stack:
@@ -70,12 +69,17 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
                 log.info, "the host store stays in %s for the next feeder %r; to be rid of it, start"
                 " that without --keep-store", SHM_DIRECTORY, arguments.name,
             )  # fmt: skip
+        draft = None
+        if draft_store is not None:  # before what is left is shared out
+            with leash.guarding():
+                count = len(store.weights)
+                draft = DraftMemory(draft_store, memory, dtype, count, arguments.verify)
         outlook = Outlook(host, memory, dtype)
         wakeup = Wakeup()
         stack.callback(wakeup.close)
         feeder = _feeder(
             tracer, host, memory, wakeup, directory, dtype, cache, strategy, arguments.slots,
-            arguments.verify, limits,
+            arguments.verify, limits, draft,
         )  # fmt: skip
         stack.callback(feeder.close)
         feeder.link_limit = outlook.link
@@ -92,6 +96,16 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             str(dtype).removeprefix("torch."), memory.identity,
         )  # fmt: skip
         feeder.run(leash)
+
+
+def _open(where: str) -> Store:
+    path = Path(where).resolve()  # an engine may be started elsewhere
+    if path.is_file() or (not (path / "store.json").is_file() and (path / "config.json").is_file()):
+        raise StoreError(
+            f"{path} is a checkpoint, not a store: run python -m feeder.quantize {path} STORE"
+            " first, or launch.py, which does"
+        )
+    return Store.open(path)
 
 
 def _feeder(

@@ -79,6 +79,8 @@ def status_fields(
         "dtype": str(slots.dtype).removeprefix("torch."),
         "strategy": scheduler.strategy.name,
         "cache": str(slots.cache),
+        "draft": str(slots.draft.store.path) if slots.draft else "",
+        "draft_bytes": slots.draft.size_bytes if slots.draft else 0,
         "packed_slots": slots.formats.count(PACKED),
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,
@@ -112,5 +114,6 @@ def _beside(footprint: Footprint) -> p.Fields:
         "planned_activation_bytes": footprint.activations,
         "planned_scratch_bytes": footprint.scratch,
         "planned_slack_bytes": footprint.slack,
+        "planned_draft_bytes": footprint.draft_slots + footprint.draft_engine,
         "planned_tokens": footprint.tokens,
     }

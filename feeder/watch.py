@@ -199,6 +199,8 @@ def table(fields: dict[str, Any]) -> list[str]:
         f" {format_bytes(fields['streamed_bytes'])} in {fields['fills']} fills",
         "engine": engine,
     }
+    if fields.get("draft"):
+        rows["draft"] = f"{fields['draft']}, {format_bytes(fields['draft_bytes'])} of slots"
     if "quality" in fields:
         rows["quality"] = f"{fields.get('method', 'a method unknown')}: {fields['quality']}"
     return [f"{name:9} {text}" for name, text in rows.items()]

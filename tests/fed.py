@@ -15,6 +15,7 @@ from common.formats import PACKED
 from common.memory import Memory, memory_for
 from common.store import Store
 from engine.client import WeightClient
+from engine.draft import Draft, lent_draft
 from engine.ledger import Lease
 from engine.model import build_model
 from tests.processes import Process, Room
@@ -85,3 +86,8 @@ def model(
 def build(engine: Engine, attention: str = "auto") -> Any:
     """The model whose Linears an engine's client feeds."""
     return build_model(engine.store, engine.client, engine.memory, engine.dtype, attention)
+
+
+def draft(engine: Engine) -> Draft:
+    """The draft that the engine's feeder lends."""
+    return lent_draft(engine.client, engine.store, engine.memory, engine.dtype)

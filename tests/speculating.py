@@ -9,13 +9,14 @@ import torch
 from transformers import set_seed
 
 from common.config import Speculate
+from engine.draft import Draft
 from engine.loop import Loop
-from engine.speculation import Speculation
+from engine.speculation import Drafting, Speculation
 
 
-def loop(speculation: Speculation | None = None) -> Loop:
+def loop(speculation: Speculation | None = None, draft: Draft | None = None) -> Loop:
     """A loop whose memory never runs out."""
-    return Loop(None, lambda call, _: call(), speculation)
+    return Loop(None, lambda call, _: call(), speculation, draft)
 
 
 def lookup(text: str = "lookup") -> Speculation:
@@ -24,7 +25,12 @@ def lookup(text: str = "lookup") -> Speculation:
 
 
 def generate(
-    model: Any, prompt: list[int], with_loop: Loop, seed: int = 0, **options: Any
+    model: Any,
+    prompt: list[int],
+    with_loop: Loop,
+    seed: int = 0,
+    seeded: bool = False,
+    **options: Any,
 ) -> list[int]:
     """What follows ``prompt``. It is checked that the streamer got the same, token by token."""
     put: list[int] = []
@@ -33,7 +39,7 @@ def generate(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        custom_generate=partial(with_loop, put=lambda token: put.append(int(token))),
+        custom_generate=partial(with_loop, put=lambda token: put.append(int(token)), seeded=seeded),
         **options,
     )
     found = output[0, len(prompt) :].tolist()
@@ -49,8 +55,8 @@ class Watched(Speculation):
         super().__init__(Speculate.parse(text), clock=lambda: 0.0)
         self.passes: list[tuple[list[int], list[int]]] = []
 
-    def propose(self, limit: int) -> list[int]:
-        candidates = super().propose(limit)
+    def propose(self, limit: int, draft: Drafting | None = None) -> list[int]:
+        candidates = super().propose(limit, draft)
         assert len(candidates) <= max(0, limit)
         self.passes.append((candidates, []))
         return candidates
@@ -63,3 +69,32 @@ class Watched(Speculation):
     def begin(self, prompt: list[int]) -> None:
         super().begin(prompt)
         self.passes.clear()
+
+
+class Always(Speculation):
+    """Has so many candidates drafted for every pass, whether or not that pays."""
+
+    resting = False  # type: ignore[assignment]
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Speculate("draft"), clock=lambda: 0.0)
+        self._count = count
+
+    def _candidates(self, limit: int, draft: Drafting | None) -> list[int]:
+        self._pace = self._drafted.pace
+        return self._draft(draft, min(limit, self._count)) if draft is not None else []
+
+
+class Lent:
+    """What a draft asks of its client, where there is no feeder: ``stays``."""
+
+    stays = True
+
+    def stay(self, weights: range) -> bool:
+        return self.stays
+
+
+def draft_of(model: Any, vocabulary: int, lent: Lent | None = None) -> Draft:
+    """A draft that guesses by ``model`` for a model of so many tokens."""
+    client: Any = lent or Lent()
+    return Draft(model, None, client, range(0), vocabulary)

@@ -42,14 +42,25 @@ def store(checkpoint: Path) -> Path:
     return checkpoint.parent / "store"
 
 
-def test_greedy_text_of_200_prompts(room: Room, checkpoint: Path, store: Path) -> None:
+@pytest.fixture(scope="module")
+def draft_store(checkpoint: Path) -> Path:
+    """Of the same model, quantized in a worse way: it often says the same, and often not."""
+    path = checkpoint.parent / "draft"
+    quantize_checkpoint(checkpoint, path, "cpu", progress=False, method="absmax")
+    return path
+
+
+def test_greedy_text_of_200_prompts(
+    room: Room, checkpoint: Path, store: Path, draft_store: Path
+) -> None:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     plain = reference_model(checkpoint, torch.float32)
     expected = [
         plain.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
         for prompt in prompts()
     ]
-    flags = {f"cache{c}": [f"--model={store}", f"--cache={c}"] for c in CACHES}
+    feeder_flags = [f"--model={store}", f"--draft={draft_store}"]
+    flags = {f"cache{c}": [*feeder_flags, f"--cache={c}"] for c in CACHES}
     for name, feeder in room.feeders(flags).items():
         with fed.connected(room, feeder, name) as engine:
             model, speculation = fed.build(engine), speculating.lookup()
@@ -61,6 +72,12 @@ def test_greedy_text_of_200_prompts(room: Room, checkpoint: Path, store: Path) -
             passes = PROMPTS + figures["passes"]
             assert engine.client.stats.uses == passes * len(engine.store.weights)
             assert passes < 0.8 * sum(map(len, expected))
+            drafting = speculating.Always(4)
+            loop = speculating.loop(drafting, fed.draft(engine))
+            for prompt, tokens in zip(prompts(), expected, strict=True):
+                assert speculating.generate(model, prompt, loop, **options) == tokens
+            figures = drafting.figures()
+            assert 0.2 * figures["candidates"] < figures["accepted"] < 0.95 * figures["candidates"]
 
 
 def test_a_run_says_what_it_did(room: Room, demo_store: Path) -> None:

@@ -22,7 +22,14 @@ from common.footprint import (
 )
 from common.shapes import SHAPES
 from common.store import ResidentEntry, Store, WeightEntry
-from feeder.footprint import MARGIN_BYTES, Footprint, Limits, footprints, slot_room
+from feeder.footprint import (
+    MARGIN_BYTES,
+    DraftPart,
+    Footprint,
+    Limits,
+    footprints,
+    slot_room,
+)
 
 BIG = SHAPES["qwen2.5-32b"]
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -212,3 +219,25 @@ def test_a_shortage_is_one_line_that_adds_up() -> None:
     # It says how much the device has to everything together: with what is missing, it is enough.
     assert text.startswith(f"the device has {(need - missing) / GB:.3g} GB and a run needs")
     assert slot_room(footprint, Limits(), free + missing, False).size_bytes == head
+
+
+def test_a_draft_model_is_counted_with_the_rest() -> None:
+    """A tied 1.5B beside the 32B: slots, KV cache and residents come on top, activations do not."""
+    small, slots = SHAPES["qwen2.5-1.5b"], 677_000_000
+    part = DraftPart(store(small), slots, packed=True)
+    limits = Limits(vram_bytes=8 * GB)
+    common = (store(BIG), torch.bfloat16, CUDA, limits, 0, True)
+    alone, both = next(footprints(*common)), next(footprints(*common, part))
+    assert both.draft_slots == slots and alone.draft_slots == alone.draft_engine == 0
+    kv_cache = 28 * 1024 * 4096  # 28 layers, 2 x 256 values of 2 bytes
+    residents = 2 * (151936 * 1536 + 28 * (2 * 1536 + 1536 + 2 * 256) + 1536)
+    assert both.draft_engine == kv_cache + residents
+    assert both.activations == alone.activations
+    assert both.engine_bytes - alone.engine_bytes == both.draft_engine + kv_cache // 8
+    more = both.total - alone.total
+    assert more == slots + both.engine_bytes - alone.engine_bytes
+    rooms = [slot_room(found, limits, 80 * GB, engine_runs=False) for found in (alone, both)]
+    assert rooms[0].size_bytes - rooms[1].size_bytes == more  # of --vram
+    free = [slot_room(found, Limits(), 20 * GB, False) for found in (alone, both)]
+    assert free[0].size_bytes - free[1].size_bytes == more - slots  # which are taken already
+    assert "the draft model's slots 677 MB" in str(both) and "draft" not in str(alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from common.errors import UsageError
 from engine.lookup import Lookup
 from engine.pace import LONGEST_REST
 from engine.packed import MAX_FUSED_TOKENS
-from engine.speculation import Speculation
+from engine.speculation import Drafting, Speculation
 
 LOOKUP = Speculate.parse("lookup")
 
@@ -25,17 +26,19 @@ class Machine:
         self.now, self.cost, self.streams = 0.0, cost, streams
         self.speculation = Speculation(asked, lambda: self.streams, lambda: self.now)
         self.widths: list[int] = []
+        self.draft: Drafting | None = None
 
     def run(
         self, prompt: list[int], following: Callable[[list[int]], int], tokens: int
     ) -> list[int]:
         """The widths of the passes in which ``tokens`` came about."""
-        text, first = list(prompt), len(self.widths)
+        self.text = text = list(prompt)
+        first = len(self.widths)
         self.speculation.begin(text)
         text.append(following(text))
         self.speculation.add(text[-1])
         while (left := len(prompt) + tokens - len(text)) > 0:
-            candidates = self.speculation.propose(left - 1)
+            candidates = self.speculation.propose(left - 1, self.draft)
             assert len(candidates) <= left - 1
             self.widths.append(1 + len(candidates))
             self.now += self.cost(1 + len(candidates))
@@ -154,7 +157,14 @@ def test_a_pass_is_no_wider_than_the_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("text", "mode", "most"),
-    [("auto", "auto", 15), ("off", "off", 15), ("lookup", "lookup", 15), ("Lookup:4", "lookup", 4)],
+    [
+        ("auto", "auto", 15),
+        ("off", "off", 15),
+        ("lookup", "lookup", 15),
+        ("Lookup:4", "lookup", 4),
+        ("draft", "draft", 15),
+        ("draft:3", "draft", 3),
+    ],
 )
 def test_the_flag(text: str, mode: str, most: int) -> None:
     found = Speculate.parse(text)
@@ -162,7 +172,20 @@ def test_the_flag(text: str, mode: str, most: int) -> None:
     assert Speculate.parse(str(found)) == found
 
 
-@pytest.mark.parametrize("text", ["", "on", "lookup:", "lookup:0", "lookup:16", "auto:3", "7"])
+def test_a_draft_models_directory_in_the_flag(tmp_path: Path) -> None:
+    for name in ("small", "7", "odd:4"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name
+        assert Speculate.parse(str(path)) == Speculate("draft", 15, path)
+        found = Speculate.parse(f"{path}:4")
+        assert (found.draft, found.most, str(found)) == (path, 4, "draft:4")
+    with pytest.raises(UsageError, match="from 1 to 15"):
+        Speculate.parse(f"{tmp_path}:99")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "on", "lookup:", "lookup:0", "lookup:16", "auto:3", "off:1", "7", "/no:3"]
+)
 def test_mistakes_in_the_flag(text: str) -> None:
     with pytest.raises(UsageError, match="speculate"):
         Speculate.parse(text)

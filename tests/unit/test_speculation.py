@@ -150,7 +150,7 @@ class Proposing(Speculation):
         super().add(token)
         self._newest = token
 
-    def propose(self, limit: int) -> list[int]:
+    def propose(self, limit: int, draft: object = None) -> list[int]:
         super().propose(0)
         return self._chains[self._newest][:limit]
 

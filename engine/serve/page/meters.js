@@ -14,6 +14,7 @@ const MEMORY = [
   ["planned_resident_bytes", "embedding, norms, biases"], ["planned_kv_cache_bytes", "KV cache"],
   ["planned_activation_bytes", "activations"], ["planned_scratch_bytes", "scratch"],
   ["planned_context_bytes", "contexts"], ["planned_slack_bytes", "slack"],
+  ["planned_draft_bytes", "draft model"],
 ];
 
 const at = (id) => document.getElementById(id);
