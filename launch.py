@@ -157,7 +157,7 @@ def _parse(
 
 
 def _model_name(model: str | None) -> str:
-    return Path(model).expanduser().resolve().name if model else "demo"
+    return Path(os.path.expanduser(model)).resolve().name if model else "demo"
 
 
 def _run(
@@ -212,7 +212,7 @@ def _speculation(arguments: argparse.Namespace) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Path:
-    model = Path(arguments.model).expanduser() if arguments.model else DEMO_MODEL
+    model = Path(os.path.expanduser(arguments.model)) if arguments.model else DEMO_MODEL
     if not is_checkpoint(model):
         raise UsageError(
             f"model {model} is no directory and no GGUF file: give a checkpoint or a store"
@@ -232,9 +232,9 @@ def _cached_store(
     if (model / "store.json").is_file():
         return model, []
     if place:
-        store = Path(place).expanduser()
+        store = Path(os.path.expanduser(place))
     else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         name = f"{model.resolve().name}-{checkpoint_fingerprint(model)[:16]}"
         store = cache / "weight-feeder" / name
     if (store / "store.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -113,11 +114,11 @@ class Speculate:
         """From ``off``, ``auto``, ``lookup``, ``lookup:4``, ``draft:4``, or a directory, ``DIR:4``.
         UsageError for anything else."""
         name, _, number = text.strip().rpartition(":")
-        if not re.fullmatch(r"\d{1,9}", number) or Path(text).expanduser().is_dir():
+        if not re.fullmatch(r"\d{1,9}", number) or os.path.isdir(os.path.expanduser(text)):
             name, number = text.strip(), ""
         mode, draft = name.lower(), None
         if mode not in ("off", "auto", "lookup", "draft"):
-            draft = Path(name).expanduser()
+            draft = Path(os.path.expanduser(name))
             if not name or not draft.is_dir():
                 raise UsageError(
                     f"speculate {text!r} is not understood: give auto, off, lookup, lookup:K, or a"

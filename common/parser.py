@@ -17,6 +17,7 @@ from common import log
 from common.errors import EXIT_USAGE, UsageError
 from common.process import LEASH_VARIABLE
 from common.settings import (
+    PREFIX,
     RUNS,
     Setting,
     config_path,
@@ -28,6 +29,7 @@ from common.settings import (
 
 HELP_WIDTH = 100
 _NO_KEY = Setting(None, "")
+_FORMAT = f"{PREFIX}LOG_FORMAT"
 _PATHS = ("DIR", "FILE", "STORE", "PATH")
 
 
@@ -73,7 +75,9 @@ class Parser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if args is None else args)
         namespace = argparse.Namespace() if namespace is None else namespace
         try:
-            settings = self._fill(argv, namespace)
+            log.choose_format(_early(argv, "--log-format") or os.environ.get(_FORMAT, ""))
+            asks = not {"-h", "--help", "--help-all"}.isdisjoint(argv)
+            settings = {} if asks else self._fill(argv, namespace)
             before = dict(vars(namespace))
             namespace, unknown = self.parse_known_args(argv, namespace)
             if unknown:
@@ -150,7 +154,7 @@ class Parser(argparse.ArgumentParser):
             return {}
         from common.arguments import shared_flags  # which imports us
 
-        path, shared = config_path(_config_flag(argv), os.environ), shared_flags()
+        path, shared = config_path(_early(argv, "--config"), os.environ), shared_flags()
         flags = {a.dest: a for a in self._actions if a.option_strings}
         settings = read_settings(self.command, flags, shared, path, os.environ)
         for line in misspelt(os.environ, {*flags, *shared}):
@@ -200,12 +204,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         self._width = min(self._width, HELP_WIDTH)
 
 
-def _config_flag(argv: Sequence[str]) -> str | None:
-    """What --config says, looked up before the rest is understood."""
+def _early(argv: Sequence[str], flag: str) -> str | None:
+    """What a flag says, looked up before the rest is understood."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--config")
+    early.add_argument(flag, dest="found")
     try:
-        found: str | None = early.parse_known_args(list(argv))[0].config
+        found: str | None = early.parse_known_args(list(argv))[0].found
     except (argparse.ArgumentError, SystemExit):
         return None  # the parser itself says what is wrong
     return found

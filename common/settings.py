@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,10 @@ def config_path(asked: str | None, environment: Mapping[str, str]) -> Path | Non
     None without one; an empty name asks for none."""
     text = environment.get(CONFIG_VARIABLE) if asked is None else asked
     if text is not None:
-        return Path(text).expanduser() if text else None
+        return Path(os.path.expanduser(text)) if text else None
     home = environment.get("XDG_CONFIG_HOME") or "~/.config"
-    try:
-        path = Path(home).expanduser() / "weight-feeder" / "config.toml"
-    except RuntimeError:  # nobody's home
-        return None
-    return path if path.exists() else None
+    path = Path(os.path.expanduser(home)) / "weight-feeder" / "config.toml"
+    return path if os.path.exists(path) else None
 
 
 def read_settings(
@@ -74,7 +72,8 @@ def read_settings(
     for prefix, allowed in _prefixes(command, names):
         for name in allowed:
             variable = f"{prefix}{name.upper()}"
-            if environment.get(variable):
+            announced = name == "port" and "://" in environment.get(variable, "")  # by a cluster
+            if environment.get(variable) and not announced:
                 found[name] = Setting(environment[variable], variable)
     return found
 

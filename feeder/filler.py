@@ -178,6 +178,8 @@ class CudaFiller(Filler):
             size += aligned(self.host.places[weight].size_bytes)
         if size:
             self._copies = self._memory.allocate(size)
+        for weight in self._ahead.keys() & self._copy_at.keys():  # no fill will ask for it there
+            self._drop(self._ahead.pop(weight))
 
     @property
     def staging_bytes(self) -> int:

@@ -115,8 +115,10 @@ class SwapRequests:
             return
         has, capacity = scheduler.capacity, share.capacity
         fits = capacity.count == has.count and capacity.size_bytes <= has.size_bytes
-        same = formats == slots.formats and bool(share.copies) == bool(slots.copies)
-        same = same and not swap.cache
+        copies = share.copies == slots.copies  # what is free varies: another set is no reason
+        if strategy.spec == now.spec:
+            copies = bool(share.copies) == bool(slots.copies)
+        same = formats == slots.formats and copies and not swap.cache
         if same and (fits or cache.auto):
             slots.slots = kind
             scheduler.set_strategy(strategy)

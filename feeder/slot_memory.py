@@ -92,7 +92,7 @@ class SlotMemory:
         """
         free = self.memory.free_bytes()
         if instead:
-            free += self._segment.size_bytes + self._copies_bytes(self.copies)
+            free += self._segment.size_bytes + self.copies_bytes(self.copies)
         room = self._room(replace(self.footprint, staging=self._staging_bytes), free)
         names = [weight.name for weight in self.store.weights]
         sizes = slot_sizes(self.store, self.dtype, formats)
@@ -105,17 +105,21 @@ class SlotMemory:
         near = self.memory.device.type == "cpu" or PACKED in formats
         if near or (cache.count is not None and cut is None):
             return Share(capacity)
-        copies = request.copies(strategy, capacity, list(map(self._copy_bytes, self.plan.order)))
+        size = capacity.size_bytes - PAGE_BYTES  # copies take whole pages
+        if size < max(sizes) or capacity.size_bytes >= sum(sizes):
+            return Share(capacity)
+        to_share = Capacity(capacity.count, size)
+        copies = request.copies(strategy, to_share, list(map(self._copy_bytes, self.plan.order)))
         if not copies:
             return Share(capacity)
-        rest = capacity.size_bytes - self._copies_bytes(copies)
+        rest = capacity.size_bytes - self.copies_bytes(copies)
         return Share(Capacity(capacity.count, rest), copies)
 
     def _copy_bytes(self, weight: int) -> int:
         return aligned(packed_span(self.store.weights[weight].elements))
 
-    def _copies_bytes(self, copies: Collection[int]) -> int:
-        """What the copies take together, in whole pages."""
+    def copies_bytes(self, copies: Collection[int]) -> int:
+        """What such copies take together, in whole pages."""
         size = sum(map(self._copy_bytes, copies))
         return -(-size // PAGE_BYTES) * PAGE_BYTES
 
@@ -204,21 +208,21 @@ class SlotMemory:
 
     def spare_bytes(self, size_bytes: int) -> int:
         """So many bytes of segment and copies, or as many as leave room for the largest weight."""
-        has = self.capacity.size_bytes + self._copies_bytes(self.copies)
+        has = self.capacity.size_bytes + self.copies_bytes(self.copies)
         return min(size_bytes, has - max(self.sizes))
 
     def shrink(self, size_bytes: int) -> None:
         """A segment, or copies, smaller by so many bytes, which are to be spare; no slot may be in use."""
-        has = self.capacity.size_bytes + self._copies_bytes(self.copies)
+        has = self.capacity.size_bytes + self.copies_bytes(self.copies)
         self._segment.close()
         self.segment_id += 1
         # Copies go first: slots that are fewer would make the others wait.
         all_copies, copies = sorted(self.copies), self.copies
         rest = has - size_bytes
-        while copies and rest - self._copies_bytes(copies) < self.capacity.size_bytes:
+        while copies and rest - self.copies_bytes(copies) < self.capacity.size_bytes:
             copies = spread(all_copies, len(copies) - 1)
         self.copies = copies
-        slots = min(self.capacity.size_bytes, rest - self._copies_bytes(copies))
+        slots = min(self.capacity.size_bytes, rest - self.copies_bytes(copies))
         self.capacity = Capacity(self.capacity.count, slots)
         self._segment = self._allocate()
         self._given_bytes += size_bytes

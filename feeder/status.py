@@ -85,6 +85,7 @@ def status_fields(
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,
         "copies": len(slots.copies),
+        "copies_bytes": slots.copies_bytes(slots.copies),
         **{f"slots_{state.value}": count for state, count in states.items()},
         "standing": sum(slot.standing for slot in scheduler.slots),
         "full": scheduler.full,

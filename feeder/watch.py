@@ -173,6 +173,12 @@ def _legend(states: str, width: int, style: Style) -> list[str]:
     return lines
 
 
+def _copies(fields: dict[str, Any]) -> str:
+    if not fields.get("copies"):
+        return ""
+    return f"; {fields['copies']} packed copies, {format_bytes(fields['copies_bytes'])}"
+
+
 def table(fields: dict[str, Any]) -> list[str]:
     """The status as lines for people."""
     engine = "none"
@@ -193,7 +199,7 @@ def table(fields: dict[str, Any]) -> list[str]:
         f" {format_bytes(fields['packed_bytes'])}, {fields['fingerprint']})",
         "strategy": f"{fields['strategy']}, cache {fields['cache']}:"
         f" {fields['slots']} weights in {format_bytes(fields['arena_bytes'])}",
-        "slots": f"{slots}; {fields['standing']} standing",
+        "slots": f"{slots}; {fields['standing']} standing{_copies(fields)}",
         "hit rate": f"{100 * fields['hit_rate']:.1f} % in the last pass of {fields['passes']}",
         "link": f"{fields['link_bytes_per_s'] / 1e9:.2f} GB/s now,"
         f" {format_bytes(fields['streamed_bytes'])} in {fields['fills']} fills",

@@ -25,12 +25,16 @@ def browser(profile: Path) -> Iterator[Any]:
     if chromium is None or driver is None:
         pytest.skip("no chromium with chromedriver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: install .[test]")
+    exceptions = pytest.importorskip("selenium.common.exceptions")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    it = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        it = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    except exceptions.WebDriverException as error:  # a snap's stub, say
+        pytest.skip(f"chromium does not start: {error}")
     try:
         yield it
     finally:

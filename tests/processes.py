@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.process import LEASH_VARIABLE, Lock
+from common.process import Lock
+from common.settings import PREFIX
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "model"
@@ -116,7 +117,9 @@ class Room:
         self.runtime, self.cache = path / "run", path / "cache"
         self.runtime.mkdir(mode=0o700)
         self.cache.mkdir()
-        inherited = {name: text for name, text in os.environ.items() if name != LEASH_VARIABLE}
+        inherited = {  # without settings of whoever runs the tests
+            name: text for name, text in os.environ.items() if not name.startswith(PREFIX)
+        }
         self._mark = f"XDG_RUNTIME_DIR={self.runtime}"
         self.environment = inherited | {
             "XDG_RUNTIME_DIR": str(self.runtime),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from common.errors import UsageError
@@ -47,7 +48,7 @@ class Conversation:
     def save(self, path: str) -> None:
         """Write it to a new file, as JSON. UsageError if it exists, or cannot be written."""
         try:
-            with Path(path).expanduser().open("x", encoding="utf-8") as file:
+            with Path(os.path.expanduser(path)).open("x", encoding="utf-8") as file:
                 json.dump({"messages": self.messages}, file, ensure_ascii=False, indent=2)
                 file.write("\n")
         except FileExistsError:

@@ -14,7 +14,7 @@ LINES = 1000
 
 def history_path() -> Path:
     """Where it is kept."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "weight-feeder" / "chat_history"
 
 

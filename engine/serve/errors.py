@@ -61,7 +61,7 @@ async def on_api_error(_: Request, error: Exception) -> JSONResponse:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """Handler for what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    place = f"{request.method} {request.url.path}"
+    place = f"{request.method} {request.scope['path']}"
     text = {404: f"there is no {place}", 405: f"{place}: this path takes another method"}
     found = ApiError(error.status_code, text.get(error.status_code, str(error.detail)))
     reply = found.reply()
@@ -71,5 +71,5 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def on_defect(request: Request, error: Exception) -> JSONResponse:
     """Handler for everything else."""
-    log.error("%s %s: %r", request.method, request.url.path, error)
+    log.error("%s %s: %r", request.method, request.scope["path"], error)
     return ApiError(500, "a defect of this server: its log says more").reply()

@@ -54,14 +54,24 @@ class Gate:
             if not is_loopback(host):
                 text = f"host {host[:80]!r} is not this machine: start the server with --api-key"
                 return ApiError(403, text, "host_refused")
-        elif request.url.path not in _OPEN:
+        elif request.scope["path"] not in _OPEN:  # of the URL the Host header would be a part
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode(), self._key.encode())
             if scheme.lower() != "bearer" or not same:
                 text = "the API key is missing or wrong: send Authorization: Bearer KEY"
                 return ApiError(401, text, "invalid_api_key")
+        if request.method not in ("GET", "HEAD", "OPTIONS") and _from_elsewhere(request):
+            text = "another site's page may not ask: use a program, or the page at /"
+            return ApiError(403, text, "origin_refused")
         length = request.headers.get("content-length", "0")
         return _too_large() if length.isdigit() and int(length) > MAX_BODY_BYTES else None
+
+
+def _from_elsewhere(request: Request) -> bool:
+    """Whether a browser sends it, and says that another site's page is behind it."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    hosts = {f"{scheme}://{request.headers.get('host', '')}" for scheme in ("http", "https")}
+    return (origin is not None and origin not in hosts) or site not in (None, "same-origin", "none")
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ CHECKS: list[Check] = [
 
 def model_bytes(model: str) -> int:
     """Bytes of a store's weights, or of those that a checkpoint will have. WeightFeederError."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not is_checkpoint(path):
         raise UsageError(
             f"model {path} is no directory and no GGUF file: give a checkpoint or a store"

@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("share", "all_near"),
-    [(0.25, False), (0.6, True), (0.9, True)],  # of what all dequantized slots take
+    [(0.4, False), (0.6, True), (0.9, True)],  # of what all dequantized slots take
 )
 def test_logits_and_traffic(
     room: Room, models: tuple[Path, Path], share: float, all_near: bool

@@ -65,9 +65,13 @@ def test_the_page(place: tuple[Room, Serving], tmp_path: Path) -> None:
         until_shown(page, "model", "store")
         assert len(page.find_elements("css selector", "#map i:not(.none)")) == 57
         assert len(page.find_elements("css selector", "#map .row")) == 8
-        resident = int(text_of(page, "count-resident"))
-        assert 0 < resident < CACHE
-        assert len(page.find_elements("css selector", "#map i.s")) == resident
+
+        def all_there() -> bool:
+            resident = int(text_of(page, "count-resident"))
+            squares = len(page.find_elements("css selector", "#map i.s"))
+            return 0 < resident < CACHE and squares == resident
+
+        until(all_there, lambda: "as many squares as the count says")
         before = int(text_of(page, "tokens").split()[0])
         client.completions.create(**asked)  # type: ignore[call-overload]
         until_shown(page, "tokens", f"{before + 60} tokens")

@@ -10,7 +10,7 @@ const STATES = [
 ];
 const CLASS = { "!": "w", ".": "" };
 const MEMORY = [
-  ["arena_bytes", "slots"], ["staging_bytes", "staging"],
+  ["arena_bytes", "slots"], ["copies_bytes", "packed copies"], ["staging_bytes", "staging"],
   ["planned_resident_bytes", "embedding, norms, biases"], ["planned_kv_cache_bytes", "KV cache"],
   ["planned_activation_bytes", "activations"], ["planned_scratch_bytes", "scratch"],
   ["planned_context_bytes", "contexts"], ["planned_slack_bytes", "slack"],
