@@ -50,10 +50,10 @@ def _mask_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     """What a pass takes for masks of its own accord: those of sliding windows that it reaches beyond."""
     if not any(window is not None and window <= tokens for window in windows(config)):
         return 0
-    return _masked_bytes(config, tokens, tokens, itemsize)
+    return masked_bytes(config, tokens, tokens, itemsize)
 
 
-def _masked_bytes(config: dict[str, Any], queries: int, keys: int, itemsize: int) -> int:
+def masked_bytes(config: dict[str, Any], queries: int, keys: int, itemsize: int) -> int:
     """An attention with a mask: the mask, and then torch wants keys and values for every head."""
     query, _ = attention_widths(config)
     return queries * keys * (1 + itemsize) + 2 * keys * query * itemsize
@@ -95,5 +95,5 @@ def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: 
 
 def split_bytes(config: dict[str, Any], tokens: int, chunk: int, itemsize: int) -> int:
     """As `activation_bytes`, for a pass of ``chunk`` of a prompt's ``tokens``, the others before it."""
-    masked = _masked_bytes(config, chunk, tokens, itemsize)
+    masked = masked_bytes(config, chunk, tokens, itemsize)
     return _unmasked_bytes(config, chunk, itemsize) + masked

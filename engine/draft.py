@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from common.errors import PeerError
+from common.footprint import PASS_STEP
 from common.log import log
 from common.memory import Memory
 from common.store import Store
@@ -25,7 +26,6 @@ from engine.model import build_model
 from engine.step import Step, supports
 
 STEPPED = 8  # tokens that are read one by one, where a token is a single launch; more, in a pass
-PIECE = 1024  # tokens of the longest pass
 
 #: The token that is chosen after these ids by these logits, [1, 1], and what it was drawn from, if that
 #: counts.
@@ -88,7 +88,7 @@ class Draft:
         self._cache: DynamicCache | None = None
         self._read: list[int] = []  # tokens whose keys and values the cache has
         self._lent, self._graphed = True, False
-        self._full = False  # whether memory did not suffice
+        self._too_long: int | None = None  # of how many tokens a text found no room
 
     @property
     def graphed(self) -> bool:
@@ -101,20 +101,27 @@ class Draft:
         count = min(count, self._context - len(text))
         if count < 1 or max(text) >= self.vocabulary or not self._usable():
             return Drafted()
+        if self._too_long is not None and len(text) >= self._too_long:
+            return Drafted()
+        full = False
         try:
             return self._propose(ids, text, count, choose)
         except NotLent:
             self._cache, self._read = None, []
             self._usable()
         except torch.OutOfMemoryError:
-            self._cache, self._full = None, True
+            self._cache, self._read, full = None, [], True
         finally:
             if self._step is not None:
                 self._step.rest()  # nobody holds what a dead feeder lent
-        if self._full:  # now that no traceback holds its tensors
+        if full:  # now that no traceback holds its tensors
+            self._too_long = len(text)
             if ids.is_cuda:
                 torch.cuda.empty_cache()
-            log.warning("the draft model does not find room: going on without it")
+            log.warning(
+                "the draft model does not find room: texts of %d tokens or more go on without it",
+                len(text),
+            )
         return Drafted()
 
     def _usable(self) -> bool:
@@ -126,7 +133,7 @@ class Draft:
                 log.info("the draft model is here again")
             else:
                 log.warning("the draft model is gone with its feeder: going on without it")
-        return lent and not self._full
+        return lent
 
     def _propose(self, ids: torch.Tensor, text: list[int], count: int, choose: Choose) -> Drafted:
         same = (i for i, (a, b) in enumerate(zip(self._read, text, strict=False)) if a != b)
@@ -156,7 +163,7 @@ class Draft:
         else:
             if step is not None:
                 step.rest()  # who holds leases must not wait for others
-            for piece in ids.split(PIECE, dim=1):
+            for piece in ids.split(PASS_STEP, dim=1):
                 named = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
                 logits = self._model(input_ids=piece, **named).logits[:, -1]
         missing = self._target - logits.shape[1]

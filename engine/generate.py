@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -232,8 +233,8 @@ class Generator:
         check_length(len(ids), self.context)
         sampling = sampling or self._sampling
         config = self._config(sampling, len(ids), self._chunk(len(ids)))
-        if sampling.seed is not None:
-            set_seed(sampling.seed)
+        # Without a seed of its own, one answer would go on with the random numbers of another's.
+        set_seed(secrets.randbits(32) if sampling.seed is None else sampling.seed)
         tokens = torch.tensor([ids], device=self._model.device)
         answer = Answer()
         stream = _Stream(Pieces(self._codec.decode), answer, write, token)

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from common.config import parse_size
 from common.errors import MemoryShortageError, UsageError
-from common.footprint import PASS_STEP, activation_bytes, kv_bytes, pass_tokens, split_bytes
+from common.footprint import (
+    PASS_STEP,
+    activation_bytes,
+    kv_bytes,
+    masked_bytes,
+    pass_tokens,
+    split_bytes,
+)
 from common.log import log
 from common.memory import Memory
 from engine.cache import PastLayer
@@ -61,11 +68,13 @@ class MemoryKeeper:
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
         return found
 
-    def fits(self, tokens: int, rows: int, sequences: int) -> bool:
+    def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
         """Whether a KV cache of ``tokens`` more and a pass of so many rows, of so many sequences, find
-        room beside the slots as they are."""
+        room beside the slots as they are. ``piece``: rows of the largest piece of a prompt in it, and
+        the tokens of that prompt, for which there is a mask."""
         need = kv_bytes(self._config, tokens, self._itemsize)
         need += activation_bytes(self._config, rows, self._itemsize, sequences)
+        need += masked_bytes(self._config, *piece, self._itemsize)
         return need <= self._memory.room_bytes()
 
     def _forward_pass(self, *arguments: Any, **named: Any) -> Any:

@@ -59,17 +59,11 @@ class DraftMemory:
         self._checksums = [0] * len(sizes)
         self._generation = int.from_bytes(os.urandom(4), "big")
         before = memory.allocated
-        self._segment = self._allocate(sum(sizes))
-        #: Of what ``memory`` counts as allocated.
-        self.allocated_bytes = memory.allocated - before
         try:
-            for weight in range(len(sizes)):
-                self._fill(weight)
-            if on_device:
-                torch.cuda.synchronize(memory.device)
-        except BaseException:
-            self.close()
-            raise
+            self._segment = self._allocate(sum(sizes))
+            #: Of what ``memory`` counts as allocated.
+            self.allocated_bytes = memory.allocated - before
+            self._fill_all()
         finally:
             store.close()  # its files are not read again
 
@@ -118,6 +112,17 @@ class DraftMemory:
 
     def _data(self, weight: int) -> torch.Tensor:
         return self._segment.tensor[self._offsets[weight] :][: self._sizes[weight]]
+
+    def _fill_all(self) -> None:
+        try:
+            for weight in range(len(self._sizes)):
+                self._fill(weight)
+            if self._memory.device.type == "cuda":
+                torch.cuda.synchronize(self._memory.device)
+                torch.cuda.empty_cache()  # what the filling took is for the model's slots
+        except BaseException:
+            self.close()
+            raise
 
     def _fill(self, weight: int) -> None:
         entry = self.store.weights[weight]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from common.errors import MemoryShortageError, UsageError
+from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.batch.attention import Part
 from engine.batch.passes import Passes
 from engine.batch.sequence import Owner, Sequence, Unread
@@ -23,6 +23,7 @@ from engine.shortage import shortage
 
 #: Rows of a pass. Longer prompts are split, whoever else is in: who is in would wait for them too long.
 MOST_ROWS = 4096
+SHORTAGES = (MemoryShortageError, torch.OutOfMemoryError)
 
 
 class Room(Protocol):
@@ -31,8 +32,9 @@ class Room(Protocol):
     def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
         """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it."""
 
-    def fits(self, tokens: int, rows: int, sequences: int) -> bool:
-        """Whether a KV cache of ``tokens`` more and a pass of so many rows and sequences find room."""
+    def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
+        """Whether a KV cache of ``tokens`` more and a pass of so many rows and sequences find room.
+        ``piece``: the rows of the largest piece of a prompt, and the tokens of that prompt."""
 
 
 class Batch:
@@ -44,7 +46,7 @@ class Batch:
         self._passes, self._room, self.most = passes, room, most
         self._waiting: deque[Owner | Sequence] = deque()  # Sequences have been in before
         self._running: list[Sequence] = []  # who joined first is first
-        self._spare: DynamicCache | None = None  # the memory of one that has left
+        self._spare: DynamicCache | None = None  # the memory of who left last, while nobody is in
         self._ahead: tuple[list[Sequence], Unread] | None = None  # launched before it was needed
         self.passes = 0
 
@@ -78,13 +80,15 @@ class Batch:
 
     def _next_tokens(self) -> tuple[list[Sequence], Unread]:
         parts, logits = self._pass()
+        passed = zip(self._running, parts, logits, strict=True)
+        ready = [(sequence, row) for sequence, part, row in passed if sequence.passed(part)]
+        del parts, passed  # they hold the caches of those that may have to leave now
         chosen, found = [], []
-        for sequence, part, row in zip(list(self._running), parts, logits, strict=True):
-            if sequence.passed(part):
-                token = self._choose(sequence, row)
-                if token is not None:
-                    chosen.append(sequence)
-                    found.append(token)
+        for sequence, row in ready:
+            token = self._choose(sequence, row)
+            if token is not None:
+                chosen.append(sequence)
+                found.append(token)
         return chosen, Unread(found)
 
     def _look_ahead(self, chosen: list[Sequence]) -> None:
@@ -99,7 +103,7 @@ class Batch:
         try:
             logits = self._passes.ahead(sequence.newest, sequence.cache)
             found = self._passes.restfully(lambda: sequence.choose(logits))
-        except (MemoryShortageError, torch.OutOfMemoryError):
+        except SHORTAGES:
             return  # the pass that is made instead will say so
         sequence.advanced()
         self.passes += 1
@@ -108,7 +112,6 @@ class Batch:
     # Joining and leaving -----------------------------------------------------------------------
 
     def _admit(self) -> None:
-        joined = False
         rows = sum(sequence.next_rows for sequence in self._running)
         while self._waiting and len(self._running) < self.most:
             sequence = self._next()
@@ -118,28 +121,27 @@ class Batch:
             chunk = MOST_ROWS
             if not self._running:
                 self._passes.rest()  # slots may have to shrink
-                kept = 0 if self._spare is None else past(self._spare)[0].capacity
+                kept = 0 if self._spare is None else _kept_tokens(self._spare)
                 chunk = min(chunk, self._room.chunk(count, kept) or chunk)
             else:
                 total = rows + min(count, chunk)
-                if (joined and total > MOST_ROWS) or not self._fits(count, total):
+                # One token of each does not count: else a long prompt could never join others.
+                if total - len(self._running) > MOST_ROWS or not self._fits(sequence, chunk, total):
                     return
-            joined = True
             self._waiting.popleft()
             sequence.begin(self._cache(count + 1), chunk)
             self._running.append(sequence)
             rows += sequence.next_rows
 
-    def _fits(self, tokens: int, rows: int) -> bool:
-        sequences = len(self._running) + 1
+    def _fits(self, joins: Sequence, chunk: int, rows: int) -> bool:
+        count = len(joins.ids)
         # Those that have just joined take their memory in the pass.
         firsts = [past(one.cache)[0] for one in self._running if one.cache is not None]
         kept = sum(layer.capacity for layer in firsts if layer.memory is None)
-        kept += rounded(tokens + 1)
-        if self._room.fits(kept, rows, sequences):
-            return True
-        self._spare = None  # then at least the memory of those that have left serves again
-        return self._room.fits(kept, rows, sequences)
+        pieces = [one.piece for one in self._running]
+        pieces.append((chunk, count) if count > chunk else (0, 0))
+        largest = max(pieces, key=lambda piece: piece[0] * piece[1])
+        return self._room.fits(kept + rounded(count + 1), rows, len(firsts) + 1, largest)
 
     def _next(self) -> Sequence | None:
         """Who is to join next, still among those that wait; None if that cannot be answered."""
@@ -149,11 +151,15 @@ class Batch:
         try:
             sequence = Sequence(first, first.request(), self._device)
         except UsageError as error:
-            self._waiting.popleft()
-            first.failed(error)
-            return None
-        self._waiting[0] = sequence
-        return sequence
+            failed: WeightFeederError = error
+        except SHORTAGES as error:
+            failed = _reason(error)
+        else:
+            self._waiting[0] = sequence
+            return sequence
+        self._waiting.popleft()
+        first.failed(failed)
+        return None
 
     def _cache(self, tokens: int) -> DynamicCache:
         cache, self._spare = self._spare, None
@@ -182,7 +188,8 @@ class Batch:
     def _leave(self, sequence: Sequence, whole: bool) -> None:
         self._running.remove(sequence)
         self._ahead = None  # it was the only one, or there is none
-        self._spare = sequence.suspend()
+        cache = sequence.suspend()
+        self._spare = None if self._running else cache  # those who are in may need the memory
         sequence.owner.done(sequence.request.conclude(whole))
 
     def _fail(self, sequence: Sequence, error: MemoryShortageError) -> None:
@@ -200,27 +207,27 @@ class Batch:
                 logits = self._passes(parts) if parts else []
                 self.passes += bool(parts)
                 return parts, logits
-            except MemoryShortageError as error:
-                reason = error
-            except torch.OutOfMemoryError as error:
-                reason = shortage(str(error))
+            except SHORTAGES as error:
+                reason = _reason(error)
             # Not in the except clause: until it ends, the traceback holds the tensors of the pass.
-            self._spare = None
-            if len(self._running) == 1:
-                self._fail(self._running[0], reason)
-            else:
-                newest = self._running.pop()
-                newest.suspend()
-                self._waiting.appendleft(newest)
+            self._make_room(self._running[-1], reason)
+
+    def _make_room(self, sequence: Sequence, reason: MemoryShortageError) -> None:
+        """Memory ran out: it leaves, and joins again when there is room. It fails if it is alone."""
+        if len(self._running) == 1:
+            self._fail(sequence, reason)
+            return
+        self._running.remove(sequence)
+        sequence.suspend()
+        self._waiting.appendleft(sequence)
 
     def _choose(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor | None:
         try:
             found: torch.Tensor = self._passes.restfully(lambda: sequence.choose(logits))
             return found
-        except MemoryShortageError as error:
-            self._fail(sequence, error)
-        except torch.OutOfMemoryError as error:
-            self._fail(sequence, shortage(str(error)))
+        except SHORTAGES as error:
+            reason = _reason(error)
+        self._make_room(sequence, reason)
         return None
 
     def _put(self, sequence: Sequence, token: int, ended: bool) -> None:
@@ -235,3 +242,17 @@ class Batch:
 
 def _owner(one: Owner | Sequence) -> Owner:
     return one.owner if isinstance(one, Sequence) else one
+
+
+def _reason(error: Exception) -> MemoryShortageError:
+    """What to say of it, without the traceback: that holds the tensors of what was tried, and a frame
+    that keeps the error would hold itself."""
+    if isinstance(error, MemoryShortageError):
+        return error.with_traceback(None)
+    return shortage(str(error))
+
+
+def _kept_tokens(cache: DynamicCache) -> int:
+    """For how many tokens it has memory."""
+    first = past(cache)[0]
+    return 0 if first.memory is None else first.capacity

@@ -20,8 +20,6 @@ from engine.rows import Rows, divide
 if TYPE_CHECKING:
     from engine.step import Step
 
-LENGTH_ROPES = ("dynamic", "longrope")
-
 Survive = Callable[[Callable[[], Any], Any], Any]
 
 
@@ -112,14 +110,11 @@ class Passes:
 
     def _divide(self) -> None:
         """On the CPU every module that computes, and is not made of others, is to see one sequence at
-        a time; elsewhere only positions that are embedded by how long the sequence is."""
-        on_cpu = self._model.device.type == "cpu"
+        a time."""
+        if self._model.device.type != "cpu":
+            return
         for module in self._model.modules():
-            if getattr(module, "rope_type", None) in LENGTH_ROPES:
-                divide(module, self._rows)
-            elif not on_cpu:
-                continue
-            elif isinstance(module, FedLinear):
+            if isinstance(module, FedLinear):
                 module.products.rows = self._rows
             elif not isinstance(module, nn.Embedding) and not any(True for _ in module.children()):
                 divide(module, self._rows)

@@ -65,6 +65,12 @@ class Sequence:
         left = len(self.ids) - self._done
         return min(left, self._chunk)
 
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Of a prompt that takes several passes and is not through: the rows of a pass, and all."""
+        left = len(self.ids) - self._done
+        return (self._chunk, len(self.ids)) if left > 1 and len(self.ids) > self._chunk else (0, 0)
+
     def part(self) -> Part:
         """Its share of the next pass."""
         assert self.cache is not None
@@ -77,7 +83,16 @@ class Sequence:
         return self._done == len(self.ids)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The token after the last, and whether it ends the text: [2], on their way to the host."""
+        """The token after the last, and whether it ends the text: [2], on their way to the host.
+        If memory runs out, it is as if nothing had been drawn."""
+        before = self._random.get_state()
+        try:
+            return self._choose(logits)
+        except torch.OutOfMemoryError:
+            self._random.set_state(before)
+            raise
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         scores = self.request.processor(self._tokens, logits.to(torch.float32, copy=True))
         if self.request.config.do_sample:
             chances = torch.nn.functional.softmax(scores, dim=-1)
@@ -115,11 +130,13 @@ class Unread:
 
     def __init__(self, found: list[torch.Tensor]) -> None:
         """``found``: of each sequence, as `Sequence.choose` gives it."""
-        self._all = torch.stack(found) if found else torch.zeros((0, 2), dtype=torch.int64)
+        on_cuda = bool(found) and found[0].is_cuda
+        self._all = torch.empty((len(found), 2), dtype=torch.int64, pin_memory=on_cuda)
+        # One by one: to stack them there would take memory, and they have been chosen already.
+        for row, one in zip(self._all, found, strict=True):
+            row.copy_(one, non_blocking=True)
         self._event: torch.cuda.Event | None = None
-        if self._all.is_cuda:
-            read = torch.empty(self._all.shape, dtype=self._all.dtype, pin_memory=True)
-            self._all = read.copy_(self._all, non_blocking=True)
+        if on_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 

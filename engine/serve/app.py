@@ -6,7 +6,6 @@ Runs in the server's thread. Knows the scheduler's protocol, and nothing of the 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -209,15 +208,13 @@ class App:
                 f"temperature {request.temperature}: expected 0, or from {LEAST_TEMPERATURE} to 2"
             )
             raise ApiError(400, text, None, "temperature")
-        # Without a seed of its own, one request would go on with the random numbers of another's.
-        seed = secrets.randbits(32) if request.seed is None else request.seed % (1 << 32)
         return Sampling(
             max_new_tokens=max_tokens or limit,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             repetition_penalty=request.repetition_penalty,
-            seed=seed,
+            seed=None if request.seed is None else request.seed % (1 << 32),
         )
 
     async def _cancel_when_gone(self, http: Request, job: Job) -> None:

@@ -57,12 +57,12 @@ class Together:
     def telling(self, job: Job) -> Telling:
         return Telling(job, self._watcher)
 
-    def begin(self, job: Job, telling: Telling) -> Request:
+    def begin(self, job: Job, prompt: list[int], telling: Telling) -> Request:
         """The job's turn has come. UsageError if it cannot be answered."""
         self._running.add(job)
         self._queue.waiting.discard(job)
         telling.begin()
-        return self._generator.request(job.prompt, telling.write, telling.token, job.sampling)
+        return self._generator.request(prompt, telling.write, telling.token, job.sampling)
 
     def ended(self, job: Job) -> None:
         self._running.discard(job)
@@ -73,6 +73,7 @@ class _Owner:
 
     def __init__(self, job: Job, jobs: Together) -> None:
         self._job, self._jobs = job, jobs
+        self._prompt = job.prompt  # who cancels takes it away, after having said so
         self._telling = jobs.telling(job)
 
     @property
@@ -80,7 +81,7 @@ class _Owner:
         return not self._job.cancelled
 
     def request(self) -> Request:
-        return self._jobs.begin(self._job, self._telling)
+        return self._jobs.begin(self._job, self._prompt, self._telling)
 
     def done(self, answer: Answer) -> None:
         self._jobs.ended(self._job)

@@ -151,7 +151,9 @@ def test_without_memory_it_has_no_guess(model: Qwen2ForCausalLM) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
     assert draft.propose(torch.tensor([[4, 5]]), 3, no_room).tokens == []
-    assert proposed(draft, [4, 5], 3) == []  # nor is it asked again
+    for text in ([4, 5], [6, 7, 8]):
+        assert proposed(draft, text, 3) == []  # nor is it asked again, for texts as long as that
+    assert proposed(draft, [4], 3) == expected(model, [4], 3)
 
 
 GENERATIONS: dict[str, dict[str, Any]] = {
