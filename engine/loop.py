@@ -251,7 +251,22 @@ class _State:
         believed: torch.Tensor | None = None,
     ) -> _Unread:
         """Queue the choice of the token that follows; on CUDA the host does not wait for it.
-        ``candidate`` was drawn from ``believed``, if that is given."""
+        ``candidate`` was drawn from ``believed``, if that is given. If memory runs out, it is as if
+        nothing had been drawn."""
+        before = self._random_state() if self._sample else None
+        try:
+            return self._choose(logits, candidate, believed)
+        except torch.OutOfMemoryError:
+            if before is not None:
+                self._set_random_state(before)
+            raise
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        candidate: torch.Tensor | None,
+        believed: torch.Tensor | None,
+    ) -> _Unread:
         scores = self._processor(self.ids, logits.to(torch.float32, copy=True))
         if self._sample:
             token = draw(torch.nn.functional.softmax(scores, dim=-1), candidate, believed)
@@ -261,6 +276,16 @@ class _State:
         unread = _Unread(token, self._criteria(ids, scores))
         self.ids = ids
         return unread
+
+    def _random_state(self) -> torch.Tensor:
+        device = self.ids.device
+        return torch.cuda.get_rng_state(device) if self.ids.is_cuda else torch.get_rng_state()
+
+    def _set_random_state(self, state: torch.Tensor) -> None:
+        if self.ids.is_cuda:
+            torch.cuda.set_rng_state(state, self.ids.device)
+        else:
+            torch.set_rng_state(state)
 
     def guess(
         self, ids: torch.Tensor, logits: torch.Tensor

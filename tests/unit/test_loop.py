@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM, set_seed
 
+from engine.generate import Generator, Sampling
 from engine.loop import Loop
+from engine.text import TokenIds
 from tests.checkpoints import make_checkpoint
 
 PROMPT = [5, 17, 300, 2]
@@ -147,3 +150,44 @@ def test_the_cache_grows_as_the_text_does(model: Qwen2ForCausalLM) -> None:
     for ahead in (None, always):
         loop, _ = loop_for(model, ahead)
         assert generate(model, loop, prompt, **words) == expected(model, prompt, **words)
+
+
+def test_a_choice_that_is_made_again_draws_the_same(model: Qwen2ForCausalLM) -> None:
+    """Memory runs out each time when the token has been drawn."""
+    failures = 0
+
+    def no_room(*_: Any, **__: Any) -> torch.Tensor:
+        nonlocal failures
+        failures += 1
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
+
+    def survive(call: Callable[[], Any], _: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch, suppress(torch.OutOfMemoryError):
+            patch.setattr(torch, "cat", no_room)
+            return call()
+        return call()
+
+    wanted = expected(model, PROMPT, do_sample=True)
+    assert generate(model, Loop(None, survive), PROMPT, do_sample=True) == wanted
+    assert failures == TOKENS
+
+
+def test_only_a_seed_asks_for_its_draws(model: Qwen2ForCausalLM) -> None:
+    """Who gives none gets draws that nobody had before, and may get them by another rule."""
+    seeded: list[bool] = []
+
+    class Noting(Loop):
+        def __call__(self, *values: Any, **named: Any) -> torch.Tensor:
+            seeded.append(named["seeded"])
+            return super().__call__(*values, **named)
+
+    loop = Noting(None, lambda call, _: call())
+    generator = Generator(model, TokenIds(320), Sampling(), True, loop)
+
+    def answer(seed: int | None) -> tuple[int, ...]:
+        set_seed(4)
+        sampling = Sampling(max_new_tokens=TOKENS, temperature=1.5, seed=seed)
+        return tuple(generator.answer(PROMPT, lambda text: None, sampling=sampling).ids)
+
+    assert len({answer(seed) for seed in (None, None, 7, 7)}) == 3
+    assert seeded == [False, False, True, True]
