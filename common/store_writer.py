@@ -10,6 +10,7 @@ and no more memory is used than the caller holds.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -77,7 +78,7 @@ class StoreWriter:
         `shard_bytes`, or one weight or resident that is larger.
         """
         self._directory = PartialDirectory(Path(target))
-        self._config = dict(config)
+        self._config = copy.deepcopy(dict(config))  # what others write into theirs is not ours
         self._source_fingerprint = source_fingerprint
         self._copies = tuple(copies)
         self._method = method

@@ -94,9 +94,9 @@ def quantize_checkpoint(
         home = tokenizer_home(companions, Path(model_dir))
         rows = None if rule is not None else calibration.rows(home, source.config)
         if measurement is not None:
-            measurement.rows(
-                home, source.config
-            )  # what is wrong with it should not be found at the end
+            measurement.rows(home, source.config)
+        if rows is not None or measurement is not None:
+            _require_layers(source.config)
         writer = StoreWriter(
             store_dir,
             source.config,
@@ -146,6 +146,15 @@ def _require_values(source: Source, method: str) -> None:
             f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
             " whose codes are kept as they are; leave --method out"
         )
+
+
+def _require_layers(config: dict[str, Any]) -> None:
+    """ConfigError if transformers cannot run such a model: that should not be found at the end."""
+    import torch
+
+    from feeder.layerwise import Decoder
+
+    Decoder(config, torch.device("cpu"))
 
 
 def choose_device(device: str) -> torch.device:
