@@ -264,14 +264,16 @@ def _watch_for_the_end(leash: Leash) -> Callable[[], None]:
 
 def _excerpts(arguments: argparse.Namespace) -> tuple[Excerpt, Excerpt | None]:
     """What to calibrate by, and what to measure on. UsageError."""
-    if arguments.calibration is not None and arguments.method not in methods.CALIBRATED:
+    path, tokens = arguments.calibration, arguments.calibration_tokens
+    if arguments.method not in methods.CALIBRATED and (path, tokens) != (None, None):
+        flag = "--calibration" if path is not None else "--calibration-tokens"
         raise UsageError(
-            f"--calibration is of no use to --method {arguments.method}, which needs no data:"
+            f"{flag} is of no use to --method {arguments.method}, which needs no data:"
             f" give --method {' or '.join(methods.CALIBRATED)}, or leave it out"
         )
     if arguments.text is not None and not arguments.measure:
         raise UsageError("--text is what --measure measures on: give both, or neither")
-    path, tokens = arguments.calibration, arguments.calibration_tokens
+    tokens = CALIBRATION.tokens if tokens is None else tokens
     measurement = replace(MEASUREMENT, path=arguments.text) if arguments.measure else None
     return replace(CALIBRATION, path=path, tokens=tokens), measurement
 
@@ -302,7 +304,7 @@ def make_parser() -> Parser:
         " .jsonl; default: a sample that comes with Python",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration-tokens", type=int, default=CALIBRATION.tokens, metavar="N",
+        "--calibration-tokens", type=int, metavar="N",
         help=f"of it, at most; default: {CALIBRATION.tokens}",
     )  # fmt: skip
     parser.add_argument(

@@ -391,6 +391,14 @@ def test_several_files_in_a_directory(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_a_link_out_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "private.gguf").write_bytes(b"")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x.gguf").symlink_to(tmp_path / "private.gguf")
+    with pytest.raises(CheckpointError, match="is a link to .*, outside the checkpoint"):
+        open_source(tmp_path / "files")
+
+
 def test_types_that_nothing_can_dequantize(tmp_path: Path) -> None:
     entry = struct.pack("<IQIQ", 1, 32, Type.Q8_1, 0)
     data = head(1, 0) + text("token_embd.weight") + entry
