@@ -53,7 +53,7 @@ DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_PROMPT = "1.1+2.3=?"
 
 _ABOUT = {
-    "": "Runs a Qwen2 model whose weights need not fit the GPU. Other commands, each with --help:\n"
+    "": "Runs a model whose weights need not fit the GPU. Other commands, each with --help:\n"
     "serve, chat, doctor, quantize, status, swap, stop, simulate, completion",
     "serve": "Serves a model to programs that speak OpenAI's API, with a page of meters at /.",
     "chat": "A conversation with a model, on this terminal.",

@@ -25,7 +25,7 @@ def make_parser(command: str = "") -> Parser:
     """The parser of ``python -m engine COMMAND``."""
     parser = run_parser(
         command or "run", f"python -m engine {command}".rstrip(),
-        "Generates text with a Qwen2 model whose weights a feeder lends.", _EXAMPLES,
+        "Generates text with a model whose weights a feeder lends.", _EXAMPLES,
     )  # fmt: skip
     _FLAGS[command](parser)
     add_common(parser)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from demo.sums import Sum
-from tests.processes import Room
+from tests.processes import Room, until
 from tests.terminals import Terminal, terminal
 
 ANSWER = Sum("1.1", "2.3").working
@@ -66,6 +66,7 @@ def test_an_interrupt_stops_the_answer_alone(room: Room, demo_store: Path, tmp_p
         it.type("to be thrown away")
         it.interrupt(PROMPT)
         say(it, f"/save {saved}")
+        until(lambda: saved.exists() and saved.read_text().endswith("\n"), lambda: "it is saved")
         question, answer = json.loads(saved.read_text())["messages"]
         assert question["content"] == "1.1+2.3=?"
         assert ANSWER.startswith(answer["content"]) and answer["content"] != ANSWER
