@@ -11,7 +11,6 @@ from feeder.quantize import quantize_checkpoint
 from tests import lives, processes
 from tests.checkpoints import edit_config, make_checkpoint
 
-
 HERE = Path(__file__).parent
 
 
