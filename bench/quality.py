@@ -30,11 +30,16 @@ examples:
   python -m bench.quality ~/models/Qwen2.5-7B STORE --text wikipedia.txt --output 7b.json
   python -m bench.quality MODEL --methods absmax,search --text held-out.txt
 """
+_HEADER = (
+    f"{'method':10} {'KL mean':>9} {'KL p99':>9} {'perplexity':>11} {'(original)':>11}"
+    f" {'agreement':>10} {'CPU s':>8}"
+)
 
 
 def parser() -> Parser:
     made = Parser(
         prog="python -m bench.quality",
+        usage="%(prog)s MODEL [STORE] [FLAGS]",
         description="Compares next-token distributions of a store and of its checkpoint.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,13 +83,24 @@ def _work(arguments: argparse.Namespace, leash: Leash) -> None:
         "checksum": text.checksum,
         "paragraphs": arguments.paragraphs,
     }
-    stores = [
-        compare(arguments, path, excerpt) | {"method": method, **seconds}
-        for path, method, seconds in _stores(arguments)
-    ]
+    # Each line as it comes: a method that fails does not take the others' figures along.
+    say = log.info if arguments.json else _print
+    stores = []
+    say(_HEADER)
+    for path, method, seconds in _stores(arguments):
+        stores.append(compare(arguments, path, excerpt) | {"method": method, **seconds})
+        say(line(stores[-1]))
     result = {"model": arguments.model.resolve().name, "text": described, "stores": stores}
     record = finish(result, arguments.output)
-    print(json.dumps(record, indent=1) if arguments.json else "\n".join(table(stores)))
+    if arguments.json:
+        print(json.dumps(record, indent=1))
+    else:
+        for error in layer_lines(stores):
+            print(error)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _stores(
@@ -160,26 +176,24 @@ def compare(arguments: argparse.Namespace, store_dir: Path, excerpt: Excerpt) ->
     }
 
 
-def table(stores: list[dict[str, Any]]) -> list[str]:
-    """The figures for people, and below them the errors of the layers, if there are any."""
-    lines = [
-        f"{'method':10} {'KL mean':>9} {'KL p99':>9} {'perplexity':>11} {'(original)':>11}"
-        f" {'agreement':>10} {'CPU s':>8}"
+def line(store: dict[str, Any]) -> str:
+    """The figures of one store for people, below `_HEADER`."""
+    seconds = f"{store['quantize_cpu_s']:.1f}" if "quantize_cpu_s" in store else ""
+    return (
+        f"{store['method'] or 'unknown':10} {store['kl_mean']:9.3g} {store['kl_p99']:9.3g}"
+        f" {store['perplexity']:11.5g} {store['perplexity_original']:11.5g}"
+        f" {100 * store['top1_agreement']:8.1f} % {seconds:>8}"
+    )
+
+
+def layer_lines(stores: list[dict[str, Any]]) -> list[str]:
+    """The errors of the layers, if there are any."""
+    return [
+        f"{store['method'] or 'unknown':10} layer {index}: error of the weights"
+        f" {layer['weights']:.3g}, behind the layer {layer['hidden']:.3g}"
+        for store in stores
+        for index, layer in enumerate(store.get("layers", ()))
     ]
-    for store in stores:
-        seconds = f"{store['quantize_cpu_s']:.1f}" if "quantize_cpu_s" in store else ""
-        lines.append(
-            f"{store['method'] or 'unknown':10} {store['kl_mean']:9.3g} {store['kl_p99']:9.3g}"
-            f" {store['perplexity']:11.5g} {store['perplexity_original']:11.5g}"
-            f" {100 * store['top1_agreement']:8.1f} % {seconds:>8}"
-        )
-    for store in stores:
-        for index, layer in enumerate(store.get("layers", ())):
-            lines.append(
-                f"{store['method'] or 'unknown':10} layer {index}: error of the weights"
-                f" {layer['weights']:.3g}, behind the layer {layer['hidden']:.3g}"
-            )
-    return lines
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is not a directory" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}, expected a checkpoint directory")
     try:
-        config = read_object(_inside(path, path / CONFIG_FILE))
+        config = read_object(require_inside(path, path / CONFIG_FILE))
     except ValueError as error:
         raise ConfigError(f"{path / CONFIG_FILE}: {error}; expected a model's config") from error
     try:
@@ -130,9 +130,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files, sorted. Raises CheckpointError if it has none."""
     if (path / SINGLE_FILE).exists():
-        return [_inside(path, path / SINGLE_FILE)]
+        return [require_inside(path, path / SINGLE_FILE)]
     if (path / INDEX_FILE).exists():
-        return [_inside(path, path / name) for name in sorted(set(_read_weight_map(path).values()))]
+        return [
+            require_inside(path, path / name)
+            for name in sorted(set(_read_weight_map(path).values()))
+        ]
     if any(path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path} has pickled weights only (pytorch_model.bin), expected safetensors; convert "
@@ -147,11 +150,11 @@ def companion_files(path: Path) -> list[Path]:
     Raises CheckpointError for one that is a link to elsewhere: it would be copied into the store.
     """
     found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
-    return sorted(_inside(path, file) for file in found if file.name != INDEX_FILE)
+    return sorted(require_inside(path, file) for file in found if file.name != INDEX_FILE)
 
 
-def _inside(path: Path, file: Path) -> Path:
-    """`file`, unless it is a link that leads out of the checkpoint's directory."""
+def require_inside(path: Path, file: Path) -> Path:
+    """`file`. CheckpointError if it is a link that leads out of the checkpoint's directory `path`."""
     real = leads_outside(path, file)
     if real is not None:
         raise CheckpointError(
@@ -166,7 +169,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if (path / SINGLE_FILE).exists() or not (path / INDEX_FILE).exists():
         return {}
     try:
-        weight_map = read_object(_inside(path, path / INDEX_FILE)).get("weight_map")
+        weight_map = read_object(require_inside(path, path / INDEX_FILE)).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path / INDEX_FILE}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:

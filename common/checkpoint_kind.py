@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from common.checkpoint import require_inside
 from common.errors import CheckpointError
 
 _SUFFIX = ".gguf"
@@ -18,7 +19,7 @@ _MOST_PARTS = 1000
 def gguf_files(path: Path) -> list[Path]:
     """The GGUF file at `path`, all its parts in order if it has several; none if it holds something else.
 
-    CheckpointError if there is more than one, or a part is missing.
+    CheckpointError if there is more than one, a part is missing, or one in a directory is a link out of it.
     """
     if path.is_file():
         return _parts(path) if path.suffix == _SUFFIX else []
@@ -33,7 +34,7 @@ def gguf_files(path: Path) -> list[Path]:
             f"{path} has {len(found)} GGUF files, expected one; "
             f"name the one that is meant, such as {found[0]}"
         )
-    return parts
+    return [require_inside(path, part) for part in parts]
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -21,6 +21,9 @@ FORMAT_VERSION = 1
 INDEX_FILE = "store.json"
 CONFIG_FILE = "config.json"
 WEIGHT_DTYPE = "INT4"
+MAX_FILE_BYTES = (
+    256 << 20
+)  # of a file without tensors: it is read whole, before its checksum is known
 RESIDENT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 

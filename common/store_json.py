@@ -18,6 +18,7 @@ from common.store_index import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
+    MAX_FILE_BYTES,
     RESIDENT_DTYPES,
     WEIGHT_DTYPE,
     FileEntry,
@@ -143,8 +144,10 @@ def parse_files(data: dict[str, Any]) -> tuple[FileEntry, ...] | None:
         name, size, found = item.get("name"), item.get("bytes"), item.get("checksum")
         if not isinstance(name, str) or not _OTHER_NAME.fullmatch(name):
             raise StoreError(f"files: name is {name!r:.80}, expected a name such as {CONFIG_FILE}")
-        if type(size) is not int or size < 0:
-            raise StoreError(f"files: bytes of {name} is {size!r:.40}, expected a size")
+        if type(size) is not int or not 0 <= size <= MAX_FILE_BYTES:
+            raise StoreError(
+                f"files: bytes of {name} is {size!r:.40}, expected a size of at most {MAX_FILE_BYTES}"
+            )
         if not isinstance(found, str) or not _CHECKSUM.fullmatch(found):
             raise StoreError(
                 f"files: checksum of {name} is {found!r:.40}, expected 32 hexadecimal digits"

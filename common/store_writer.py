@@ -10,6 +10,7 @@ and no more memory is used than the caller holds.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from common.shard_files import ShardFiles, refused
 from common.store_index import (
     CONFIG_FILE,
     INDEX_FILE,
+    MAX_FILE_BYTES,
     FileEntry,
     Index,
     ResidentEntry,
@@ -77,7 +79,7 @@ class StoreWriter:
         `shard_bytes`, or one weight or resident that is larger.
         """
         self._directory = PartialDirectory(Path(target))
-        self._config = dict(config)
+        self._config = copy.deepcopy(dict(config))  # what others write into theirs is not ours
         self._source_fingerprint = source_fingerprint
         self._copies = tuple(copies)
         self._method = method
@@ -91,9 +93,7 @@ class StoreWriter:
         self._files.plan("residents", [[spec] for spec in residents], shard_bytes)
         self._weights = {name: self._blank_weight(name, shape) for name, shape in linear.items()}
         self._residents = {spec.name: self._blank_resident(spec) for spec in residents}
-        self._others = {
-            path.name: FileEntry(path.name, path.stat().st_size, _NO_CHECKSUM) for path in copies
-        }
+        self._others = {path.name: _blank_copy(path) for path in copies}
         self._others[CONFIG_FILE] = FileEntry(CONFIG_FILE, len(self._config_json()), _NO_CHECKSUM)
 
     @property
@@ -211,3 +211,13 @@ class StoreWriter:
             source_format=self._source_format,
         )
         return json.dumps(to_json(index), indent=1).encode() + b"\n"
+
+
+def _blank_copy(path: Path) -> FileEntry:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise StoreError(
+            f"{path} has {size} bytes, expected at most {MAX_FILE_BYTES} of a file that goes along; "
+            "is it a tokenizer's?"
+        )
+    return FileEntry(path.name, size, _NO_CHECKSUM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from common.checkpoint import EMBEDDING
 from common.errors import ConfigError, StoreError
-from common.families import family_of, head_dim
+from common.families import described, family_of
 from common.memory import Memory
 from common.store import Store
 from common.store_index import CONFIG_FILE
@@ -85,11 +84,9 @@ def build_model(
 
 def _hollow(store: Store, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The model of the store's config, by transformers' own class, with every parameter on meta."""
-    described = copy.deepcopy(store.config)  # transformers writes into what it is given
-    described["head_dim"] = head_dim(store.config)  # to some families null is no number
     architecture = getattr(transformers, family_of(store.config).architecture)
     try:
-        config = architecture.config_class.from_dict(described)
+        config = architecture.config_class.from_dict(described(store.config))
         config._attn_implementation = attention
         config.dtype = dtype
         with torch.device("meta"):

@@ -94,9 +94,9 @@ def quantize_checkpoint(
         home = tokenizer_home(companions, Path(model_dir))
         rows = None if rule is not None else calibration.rows(home, source.config)
         if measurement is not None:
-            measurement.rows(
-                home, source.config
-            )  # what is wrong with it should not be found at the end
+            measurement.rows(home, source.config)
+        if rows is not None or measurement is not None:
+            _require_layers(source.config)
         writer = StoreWriter(
             store_dir,
             source.config,
@@ -146,6 +146,15 @@ def _require_values(source: Source, method: str) -> None:
             f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
             " whose codes are kept as they are; leave --method out"
         )
+
+
+def _require_layers(config: dict[str, Any]) -> None:
+    """ConfigError if transformers cannot run such a model: that should not be found at the end."""
+    import torch
+
+    from feeder.layerwise import Decoder
+
+    Decoder(config, torch.device("cpu"))
 
 
 def choose_device(device: str) -> torch.device:
@@ -255,14 +264,16 @@ def _watch_for_the_end(leash: Leash) -> Callable[[], None]:
 
 def _excerpts(arguments: argparse.Namespace) -> tuple[Excerpt, Excerpt | None]:
     """What to calibrate by, and what to measure on. UsageError."""
-    if arguments.calibration is not None and arguments.method not in methods.CALIBRATED:
+    path, tokens = arguments.calibration, arguments.calibration_tokens
+    if arguments.method not in methods.CALIBRATED and (path, tokens) != (None, None):
+        flag = "--calibration" if path is not None else "--calibration-tokens"
         raise UsageError(
-            f"--calibration is of no use to --method {arguments.method}, which needs no data:"
+            f"{flag} is of no use to --method {arguments.method}, which needs no data:"
             f" give --method {' or '.join(methods.CALIBRATED)}, or leave it out"
         )
     if arguments.text is not None and not arguments.measure:
         raise UsageError("--text is what --measure measures on: give both, or neither")
-    path, tokens = arguments.calibration, arguments.calibration_tokens
+    tokens = CALIBRATION.tokens if tokens is None else tokens
     measurement = replace(MEASUREMENT, path=arguments.text) if arguments.measure else None
     return replace(CALIBRATION, path=path, tokens=tokens), measurement
 
@@ -293,7 +304,7 @@ def make_parser() -> Parser:
         " .jsonl; default: a sample that comes with Python",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration-tokens", type=int, default=CALIBRATION.tokens, metavar="N",
+        "--calibration-tokens", type=int, metavar="N",
         help=f"of it, at most; default: {CALIBRATION.tokens}",
     )  # fmt: skip
     parser.add_argument(

@@ -37,10 +37,12 @@ def write_gguf(
     keys: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     tokenizer: Path | None = None,
+    pre: str = "qwen2",
     part_tensors: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint as a GGUF file; returns the values of its tensors by their Hugging Face names, as
-    the package dequantizes them. part_tensors: how many each part has, if the file is to be in parts."""
+    the package dequantizes them. pre: how the tokenizer splits text. part_tensors: how many each part has, if
+    the file is to be in parts."""
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     writer.add_context_length(config["max_position_embeddings"])
@@ -56,7 +58,7 @@ def write_gguf(
     for key, value in (keys or {}).items():
         _add(writer, key, value)
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer)
+        _add_tokenizer(writer, tokenizer, pre)
     arch = gguf.MODEL_ARCH[architecture.upper()]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     values = {}
@@ -103,7 +105,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, pre: str) -> None:
     """A byte-level BPE tokenizer, from its tokenizer.json."""
     data = json.loads((directory / "tokenizer.json").read_text())
     tokens = {index: token for token, index in data["model"]["vocab"].items()}
@@ -112,7 +114,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     ids = {token: index for index, token in tokens.items()}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([tokens[index] for index in range(len(tokens))])
     kinds = [
         gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL

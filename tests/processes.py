@@ -17,6 +17,9 @@ from pathlib import Path
 from common.process import Lock
 from common.settings import PREFIX
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins what a shell starts with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child would see a Ctrl-C
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "model"
 SHARED = Path("/dev/shm")

@@ -13,6 +13,7 @@ from common.families.table import (
     Kept,
     Linear,
     attention_widths,
+    described,
     family_of,
     head_dim,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Kept",
     "Linear",
     "attention_widths",
+    "described",
     "expected_tensors",
     "family_of",
     "head_dim",

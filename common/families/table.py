@@ -7,7 +7,8 @@ docs/architecture.md says how to add one. Takes configs that were validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,13 @@ def head_dim(config: Config) -> int:
     """Elements of one head."""
     named = config.get("head_dim") or family_of(config).silent_head_dim
     return int(named or config["hidden_size"] // config["num_attention_heads"])
+
+
+def described(config: Mapping[str, Any]) -> Config:
+    """The config as transformers can be given it: a copy, since it writes into what it is given, and
+    with head_dim as a number, since to some families null is none."""
+    copied = copy.deepcopy(dict(config))
+    return copied | {"head_dim": head_dim(copied)}
 
 
 def attention_widths(config: Config) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class Awq:
         return groups.rows(_rows(words[:, first // PER_WORD : last // PER_WORD]), first, last)
 
     def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else self._size
+        return columns if self._size == -1 else min(self._size, columns)
 
 
 def _rows(words: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Compressed:
         return groups.rows(nibbles(words[first:last])[:, :columns].contiguous(), first, last)
 
     def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else self._size
+        return columns if self._size == -1 else min(self._size, columns)
 
 
 def _one_scheme(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -113,7 +113,7 @@ def _rope(keys: Keys, prefix: str, factors: list[float] | None, head_dim: int) -
             "head; such models are not supported"
         )
     theta = _number(keys, f"{prefix}.rope.freq_base", 10000.0)
-    kind = keys(f"{prefix}.rope.scaling.type")
+    kind, factor = _scaling(keys, prefix)
     if factors is not None:
         return _llama3(factors, theta, head_dim)
     if kind in (None, "none"):
@@ -123,12 +123,29 @@ def _rope(keys: Keys, prefix: str, factors: list[float] | None, head_dim: int) -
             f"{prefix}.rope.scaling.type is {kind!r:.40}, expected none, linear or yarn; "
             "use the original checkpoint"
         )
-    factor = _number(keys, f"{prefix}.rope.scaling.factor", None)
-    found: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    found: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
+    found["factor"] = _number(keys, factor, None)
     if kind == "yarn":
+        attention = f"{prefix}.rope.scaling.attn_factor"
+        if keys(attention) not in (None, 1.0):
+            raise ConfigError(
+                f"{attention} is {keys(attention)!r:.40}, expected 1; use the original checkpoint"
+            )
         name = f"{prefix}.rope.scaling.original_context_length"
         found["original_max_position_embeddings"] = _positive(keys, name)
     return found
+
+
+def _scaling(keys: Keys, prefix: str) -> tuple[Any, str]:
+    """The kind of scaling, and the name of the key with its factor, as llama.cpp finds them: a factor
+    without a kind means linear, and old files call it otherwise."""
+    kind, name = keys(f"{prefix}.rope.scaling.type"), f"{prefix}.rope.scaling.factor"
+    if kind in (None, "linear") and keys(name) is None:
+        old = f"{prefix}.rope.scale_linear"
+        name = name if keys(old) is None else old
+    if kind is None and keys(name) not in (None, 0, 1):
+        kind = "linear"
+    return kind, name
 
 
 def _llama3(factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:

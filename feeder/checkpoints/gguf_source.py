@@ -86,7 +86,7 @@ class GgufSource:
     def companions(self, scratch: Path) -> list[Path]:
         from feeder.checkpoints.gguf_tokenizer import save_tokenizer
 
-        found = save_tokenizer(self._file.path, scratch)
+        found = save_tokenizer(self._file, scratch)
         if not found and self._beside is not None:
             found = files.companion_files(self._beside)
         generation = scratch / "generation_config.json"

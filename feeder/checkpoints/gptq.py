@@ -80,4 +80,4 @@ class Gptq:
         return groups.rows(nibbles(words[:, first:last].T), first, last)
 
     def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else self._size
+        return columns if self._size == -1 else min(self._size, columns)

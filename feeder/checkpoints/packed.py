@@ -17,7 +17,6 @@ from common.blocks import BLOCK
 from common.checkpoint import TensorPlace, companion_files
 from common.errors import CheckpointError
 from common.families import expected_tensors
-from common.safetensors_file import DTYPE_BYTES
 from common.store_index import RESIDENT_DTYPES
 from feeder.checkpoints.source import Grouped, Part
 
@@ -156,9 +155,12 @@ def _read(place: TensorPlace, device: torch.device) -> torch.Tensor:
 
 
 def _require_zeros(name: str, place: TensorPlace) -> None:
-    if place.spec.dtype not in DTYPE_BYTES or any(
-        bool(piece.count_nonzero()) for piece in files.read_pieces(place)
-    ):
+    if place.spec.dtype not in files.TORCH_DTYPES:
+        raise CheckpointError(
+            f"{place.file}: {name} is {place.spec.dtype}, expected one of "
+            f"{', '.join(files.TORCH_DTYPES)}"
+        )
+    if any(bool(piece.count_nonzero()) for piece in files.read_pieces(place)):
         raise CheckpointError(
             f"{place.file}: {name} is not zero, and models of this kind have no such bias; "
             "is it a checkpoint of another kind?"

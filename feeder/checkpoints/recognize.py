@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import read_config
+from common.checkpoint import read_config, require_inside
 from common.checkpoint_kind import gguf_files
 from common.errors import CheckpointError
 from common.store_index import CONFIG_FILE
@@ -71,7 +71,7 @@ def _settings(path: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, 
         for name, kind in _OLD_SETTINGS.items():
             if (path / name).exists():
                 try:
-                    return kind, read_object(path / name), str(path / name)
+                    return kind, read_object(require_inside(path, path / name)), str(path / name)
                 except ValueError as error:
                     raise CheckpointError(f"{path / name}: {error}") from error
         return "", {}, ""

@@ -11,6 +11,16 @@ from feeder.quantize import quantize_checkpoint
 from tests import lives, processes
 from tests.checkpoints import edit_config, make_checkpoint
 
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What fails with real processes is run once more, and the summary counts it: several processes,
+    signals and terminals on two shared cores meet in ways that no test means."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
 
 @pytest.fixture(autouse=True)
 def room() -> Iterator[processes.Room]:

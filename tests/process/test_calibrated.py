@@ -102,6 +102,7 @@ def test_a_signal_amid_calibration_leaves_nothing(room: Room, tmp_path: Path) ->
     ("flags", "code", "message"),
     [
         (["--calibration=TEXT"], 2, "--calibration is of no use to --method weighted"),
+        (["--calibration-tokens=9"], 2, "--calibration-tokens is of no use to --method weighted"),
         (["--text=TEXT"], 2, "--text is what --measure measures on"),
         (["--method=gptq", "--calibration=/no/such"], 2, "No such file"),
         (["--method=gptq", "--calibration=TEXT", "--calibration-tokens=1"], 2, "at least 2"),

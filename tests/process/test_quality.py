@@ -125,6 +125,13 @@ def test_methods_are_compared_and_written(checkpoint: Path, tmp_path: Path) -> N
     assert absmax["quantize_s"] > 0 and absmax["tokens"] == 600
 
 
+def test_what_was_measured_is_said_before_a_later_failure(checkpoint: Path) -> None:
+    done = quality(checkpoint, "--methods=absmax,nonsense", "--tokens=100")
+    assert done.returncode == 2 and "nonsense" in done.stderr
+    header, line = done.stdout.splitlines()
+    assert header.startswith("method ") and line.startswith("absmax ")
+
+
 def test_a_text_without_anything_to_predict(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("\n")

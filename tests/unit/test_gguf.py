@@ -227,6 +227,25 @@ def test_llama_3_rope_is_recognized_by_its_factors(factor: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 2.0}, 2.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scale_linear": 8.0}, 8.0),
+        ({"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0}, 2.0),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_factor_without_a_kind_is_linear(keys: dict[str, Any], factor: float | None) -> None:
+    expected: dict[str, Any] = {"rope_type": "default", "rope_theta": 500000.0}
+    if factor is not None:
+        expected |= {"rope_type": "linear", "factor": factor}
+    assert build_config(llama_keys(**keys), EMBEDDING, None)["rope_parameters"] == expected
+
+
+@pytest.mark.parametrize(
     ("keys", "match"),
     [
         ({"general.architecture": "gpt2"}, "general.architecture is 'gpt2', expected one of qwen2"),
@@ -242,6 +261,16 @@ def test_llama_3_rope_is_recognized_by_its_factors(factor: float) -> None:
         ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, expected none"),
         ({"llama.rope.scaling.type": "longrope"}, "scaling.type is 'longrope', expected none, lin"),
+        ({"llama.rope.scaling.type": "linear"}, "scaling.factor is None, expected a number above"),
+        ({"llama.rope.scale_linear": "x"}, "rope.scale_linear is 'x', expected a number above 0"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.attn_factor": 0.5,
+            },
+            "attn_factor is 0.5, expected 1",
+        ),
         ({"llama.rope.freq_base": -1.0}, "freq_base is -1.0, expected a number above 0"),
     ],
 )
@@ -360,6 +389,14 @@ def test_several_files_in_a_directory(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match="has 2 GGUF files, expected one; name the one"):
         open_source(tmp_path)
+
+
+def test_a_link_out_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "private.gguf").write_bytes(b"")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x.gguf").symlink_to(tmp_path / "private.gguf")
+    with pytest.raises(CheckpointError, match="is a link to .*, outside the checkpoint"):
+        open_source(tmp_path / "files")
 
 
 def test_types_that_nothing_can_dequantize(tmp_path: Path) -> None:

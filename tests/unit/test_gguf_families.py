@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from transformers import AutoTokenizer
 
 from common import int4
 from common.families import expected_tensors
-from feeder.checkpoints.recognize import model_config
+from common.log import log
+from feeder.checkpoints.recognize import model_config, open_source
 from feeder.quantize import quantize_checkpoint
 from tests.checkpoints import load_tensors, make_model
 from tests.gguf_files import all_as, write_gguf
+from tests.processes import DEMO
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -80,3 +83,46 @@ def test_a_store_of_the_family(tmp_path: Path, name: str) -> None:
     assert expected_tensors(ours) == expected_tensors(original)
     for key in ("rope_parameters", "rms_norm_eps", "model_type", "architectures", *SIZES):
         assert ours[key] == original[key], key
+
+
+def companions(tmp_path: Path, architecture: str, pre: str) -> list[str]:
+    """The files, in `scratch`, that come along with a model whose tokenizer splits text in that way."""
+    config = MODELS[architecture] | {"vocab_size": 320, "num_hidden_layers": 1}
+    file, scratch = tmp_path / "x.gguf", tmp_path / "scratch"
+    write_gguf(
+        file, make_model(tmp_path / "model", config), all_as(Type.F16),
+        architecture=architecture, tokenizer=DEMO, pre=pre, keys={"tokenizer.ggml.bos_token_id": 318},
+    )  # fmt: skip
+    scratch.mkdir()
+    return [path.name for path in open_source(file).companions(scratch)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("llama-bpe", ["it", "'LL", "Ġ", "123", "456", "7", "ĠaBc"]),
+        ("tekken", ["it", "'LL", "Ġ", *"1234567", "Ġa", "Bc"]),
+        ("qwen2", ["it", "'LL", "Ġ", *"1234567", "ĠaBc"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, expected: list[str]) -> None:
+    assert "tokenizer.json" in companions(tmp_path, "llama", pre)
+    found = AutoTokenizer.from_pretrained(tmp_path / "scratch", local_files_only=True)
+    split = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it'LL 1234567 aBc")
+    assert [piece for piece, _ in split] == expected
+    assert (found.bos_token_id, found.eos_token_id, len(found)) == (318, 319, 320)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pre", "match"),
+    [
+        ("llama", "smollm", "tokenizer.ggml.pre is 'smollm', expected one of qwen2"),
+        ("qwen3", "tekken", "'tekken', and Qwen2Tokenizer splits text otherwise"),
+    ],
+)
+def test_a_split_that_cannot_be_had_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, pre: str, match: str
+) -> None:
+    caplog.set_level("INFO", log.name)
+    assert companions(tmp_path, architecture, pre) == ["generation_config.json"]
+    assert match in caplog.text and "prompts have to be token ids" in caplog.text

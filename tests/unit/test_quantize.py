@@ -149,10 +149,19 @@ def test_linked_files_are_read_as_the_hub_cache_has_them(tmp_path: Path) -> None
     assert Store.open(tmp_path / "store").fingerprint == store.fingerprint
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "quantize_config.json",
+        "quant_config.json",
+    ],
+)
 def test_links_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     model = make_checkpoint(tmp_path / "model")
-    (model / "tokenizer.json").write_text("{}")
+    (model / name).touch()
     (model / name).rename(tmp_path / name)
     (model / name).symlink_to(tmp_path / name)
     with pytest.raises(CheckpointError, match="is a link to .*, outside the checkpoint"):

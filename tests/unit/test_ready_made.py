@@ -125,6 +125,20 @@ def test_zero_points_of_7_are_kept_by_negated_scales(tmp_path: Path) -> None:
     assert bool((scales < 0).any())
 
 
+def test_a_group_is_no_larger_than_its_row() -> None:
+    """A size from a file must not decide how much memory is taken."""
+    shape, size = (16, 256), 1 << 12
+    weight = random_weight(shape, 3, group=256)
+    for layout, tensors in (
+        (Gptq(GPTQ | {"group_size": size}, "here"), gptq(weight)),
+        (Awq(AWQ | {"group_size": size}, "here"), awq(weight)),
+    ):
+        prepared = layout.prepare(tensors, shape)
+        assert prepared[1].size == shape[1]
+        piece = layout.rows(prepared, 0, 16)
+        assert piece.values().equal(weight.values().reshape(-1))
+
+
 # What is not exact
 
 
@@ -318,6 +332,10 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a bias that models of this kind lack": (
         lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(256)}),
         "up_proj.bias is not zero",
+    ),
+    "a bias of another dtype that models of this kind lack": (
+        lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(256).double()}),
+        "up_proj.bias is F64, expected one of",
     ),
     "a tensor of no model": (
         lambda t: t.update({f"{Q_PROJ}.qsomething": torch.ones(1)}),

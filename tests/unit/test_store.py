@@ -249,6 +249,10 @@ def test_the_index_tells_of_its_own_damage(
         ([], "files names 0 files, expected each once, config.json too"),
         ([{"name": "../x", "bytes": 1, "checksum": "0" * 32}], "name is '../x', expected a name"),
         ([{"name": "x", "bytes": True, "checksum": "0" * 32}], "bytes of x is True, expected a"),
+        (
+            [{"name": "x", "bytes": 1 << 42, "checksum": "0" * 32}],
+            "bytes of x is 4398046511104, expected a size of at most 268435456",
+        ),
         ([{"name": "x", "bytes": 1, "checksum": "0"}], "checksum of x is '0', expected 32 hex"),
     ],
 )

@@ -83,6 +83,14 @@ def test_copies_go_along(tmp_path: Path) -> None:
     assert (path / "tokenizer.json").read_text() == "{}"
 
 
+def test_a_copy_that_no_reader_would_take(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate((256 << 20) + 1)  # a hole
+    with pytest.raises(StoreError, match="has 268435457 bytes, expected at most 268435456"):
+        write_store(tmp_path / "store", copies=[tmp_path / "tokenizer.json"])
+    assert not (tmp_path / "store").exists()
+
+
 def partials(path: Path) -> list[str]:
     return [entry.name for entry in path.iterdir() if ".partial-" in entry.name]
 
