@@ -110,7 +110,7 @@ def test_what_simulate_prints(room: Room, long_store: Path, tmp_path: Path) -> N
         ("--shape=qwen2.5-32b", "--strategy=best", *LINK): "strategy 'best' is not known",
         ("--shape=qwen2.5-32b", "--cache=0", *LINK): "cache '0' holds no weight",
         ("--shape=qwen2.5-32b", "--cache=1MB", *LINK): "the largest weight, lm_head, needs",
-        ("--shape=qwen2.5-32b", "--link=0", "--device-bandwidth=1"): "--link must be above 0",
+        ("--shape=qwen2.5-32b", "--link=0", "--device-bandwidth=1"): "--link 0.0: expected above 0",
         ("--shape=qwen2.5-32b", "--link=1"): "required: --device-bandwidth",
         ("--shape=qwen2.5-32b", "--link=fast", "--device-bandwidth=1"): "--link: invalid float",
     }
