@@ -77,7 +77,8 @@ def exhaustive(block: torch.Tensor, weights: torch.Tensor) -> float:
 @pytest.mark.parametrize("method", ["search", "weighted"])
 def test_searches_come_close_to_trying_every_scale(method: str) -> None:
     generator = torch.Generator().manual_seed(11)
-    blocks = torch.randn(200, 128, generator=generator).exp() * torch.randn(200, 128)
+    blocks = torch.randn(200, 128, generator=generator).exp()
+    blocks *= torch.randn(200, 128, generator=generator)
     blocks[100:] = torch.randn(100, 128, generator=generator)
     weights = size_weights(blocks) if method == "weighted" else torch.ones_like(blocks)
     found = ((through(blocks, method) - blocks).double().square() * weights).sum(1)
@@ -85,14 +86,13 @@ def test_searches_come_close_to_trying_every_scale(method: str) -> None:
     assert float(found.sum()) <= 1.01 * sum(least)
     reference = ((through(blocks, "absmax") - blocks).double().square() * weights).sum(1)
     assert bool((found <= reference * 1.000001).all())
-    assert float(found.sum()) < 0.8 * float(reference.sum())
+    assert float((found / reference).mean()) < 0.8  # of the sum, a few blocks would decide
 
 
 def test_hqq_lessens_the_roots_of_the_errors() -> None:
-    generator = torch.Generator().manual_seed(12)
-    blocks = torch.distributions.Laplace(0.0, 1.0).sample((300, 128)) * torch.rand(
-        300, 1, generator=generator
-    )
+    with torch.random.fork_rng(devices=[]):  # a distribution takes no generator
+        torch.manual_seed(12)
+        blocks = torch.distributions.Laplace(0.0, 1.0).sample((300, 128)) * torch.rand(300, 1)
     roots = {m: (through(blocks, m) - blocks).abs().sqrt().sum(1) for m in ("hqq", "absmax")}
     assert bool((roots["hqq"] <= roots["absmax"] * 1.000001).all())
     assert float(roots["hqq"].sum()) < 0.97 * float(roots["absmax"].sum())
