@@ -6,6 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same cases each time, however slow the machine is: a red check means a change, not chance. New
+# cases are looked for with --hypothesis-profile=explore.
+_SLOW = [HealthCheck.too_slow]
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("explore", deadline=None, suppress_health_check=_SLOW)
+settings.load_profile("steady")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
