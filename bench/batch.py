@@ -17,11 +17,10 @@ import torch
 
 from bench.fed import Fed
 from bench.record import finish
-from bench.source import Source
+from bench.source import Source, add_streamed
 from common.arguments import Parser
 from common.entry import run_process
 from common.errors import UsageError, WeightFeederError
-from common.process import Leash
 
 WARM_UP = 3  # turns, of which the first takes the prompts
 
@@ -140,22 +139,15 @@ def _sizes(text: str) -> list[int]:
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m bench.batch", description="Passes of several sequences, timed.")
     add = parser.add_argument
-    add("--store", metavar="STORE", help="measure this store")
-    add("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
-    add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
-    add("--cache", default="16", metavar="N|SIZE")
+    add_streamed(parser)
     add("--strategy", default="ring", help="ring streams everything")
-    add("--slots", default="packed", choices=("packed", "dequantized"))
     add("--sizes", type=_sizes, default=[1, 2, 4, 8, 16], metavar="A,B", help="sequences at once")
     add("--context", type=int, default=256, metavar="N", help="tokens of each one's prompt")
     add("--rounds", type=int, default=10, metavar="N", help="passes that are timed")
     add("--output", metavar="FILE.json", help="write the result there, too")
     arguments = parser.parse_args(argv)
 
-    def work(leash: Leash) -> None:
-        run(arguments)
-
-    return run_process("bench", False, work)
+    return run_process("bench", False, lambda _: run(arguments))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
-from bench.source import Source
+from bench.source import Source, add_streamed
 from bench.widths import measure as measure_widths
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
 from common.entry import run_process
 from common.errors import UsageError
-from common.process import Leash
 
 WARM_UP = 3
 
@@ -81,13 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m bench.drafting", description="Drafting, against a pass.")
-    parser.add_argument("--store", metavar="STORE", help="stream this store")
-    parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
+    add_streamed(parser)
     parser.add_argument("--draft", metavar="STORE", help="draft with this store")
     parser.add_argument("--draft-shape", metavar="SHAPE", help="or with a random one, as 1.5b")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
-    parser.add_argument("--cache", default="16", metavar="N|SIZE")
-    parser.add_argument("--slots", default="packed", choices=("packed", "dequantized"))
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of the past")
     parser.add_argument(
         "--tokens", type=int, default=8, metavar="N", help=f"1 to {MOST_CANDIDATES}"
@@ -95,10 +90,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     arguments = parser.parse_args(argv)
 
-    def work(leash: Leash) -> None:
-        run(arguments)
-
-    return run_process("bench", False, work)
+    return run_process("bench", False, lambda _: run(arguments))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from bench.source import Source
 from common.arguments import Parser
 from common.entry import run_process
 from common.errors import UsageError, WeightFeederError
-from common.process import Leash, raise_on_termination
+from common.process import raise_on_termination
 from common.store import Store
 from demo.sums import Sum
 
@@ -317,10 +317,7 @@ def main(argv: list[str]) -> int:
     add("--output", metavar="FILE.json", help="write the result there, too")
     arguments = parser.parse_args(argv)
 
-    def work(leash: Leash) -> None:
-        run(arguments)
-
-    return run_process("bench", False, work)
+    return run_process("bench", False, lambda _: run(arguments))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from bench.record import ROOT
+from common.arguments import Parser
 from common.errors import UsageError
 from common.log import log
 from common.shapes import SHAPES
@@ -14,6 +15,15 @@ from common.store import Store
 
 DEFAULT_SHAPE = "qwen2.5-32b"
 _DEMO = ROOT / "demo" / "model"
+
+
+def add_streamed(parser: Parser) -> None:
+    """The flags that name a store, and how it is streamed."""
+    parser.add_argument("--store", metavar="STORE", help="measure this store")
+    parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
+    parser.add_argument("--cache", default="16", metavar="N|SIZE")
+    parser.add_argument("--slots", default="packed", choices=("packed", "dequantized"))
 
 
 class Source:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
 from common.entry import run_process
-from common.process import Leash
 
 
 def ranks(model: Any, draft: Any, prompt: list[int], tokens: int) -> list[int]:
@@ -105,10 +104,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--candidates", type=int, default=MOST_CANDIDATES, metavar="N")
     arguments = parser.parse_args(argv)
 
-    def work(leash: Leash) -> None:
-        run(arguments)
-
-    return run_process("bench", False, work)
+    return run_process("bench", False, lambda _: run(arguments))
 
 
 if __name__ == "__main__":

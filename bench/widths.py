@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
-from bench.source import Source
+from bench.source import Source, add_streamed
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
 from common.entry import run_process
 from common.errors import UsageError
-from common.process import Leash
 
 WIDTHS = (1, 2, 4, 8, 16)
 WARM_UP = 2
@@ -82,19 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     assert WIDTHS[-1] == MOST_CANDIDATES + 1
     parser = Parser(prog="python -m bench.widths", description="Passes over 1 to 16 tokens, timed.")
-    parser.add_argument("--store", metavar="STORE", help="measure this store")
-    parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
-    parser.add_argument("--cache", default="16", metavar="N|SIZE")
-    parser.add_argument("--slots", default="packed", choices=("packed", "dequantized"))
+    add_streamed(parser)
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of the past")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     arguments = parser.parse_args(argv)
 
-    def work(leash: Leash) -> None:
-        run(arguments)
-
-    return run_process("bench", False, work)
+    return run_process("bench", False, lambda _: run(arguments))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from common.checkpoint import EMBEDDING
 from common.errors import ConfigError, StoreError
-from common.families import described, family_of
+from common.families import family_of
+from common.hollow import hollow
 from common.memory import Memory
 from common.store import Store
 from common.store_index import CONFIG_FILE
@@ -60,7 +59,8 @@ def build_model(
         # cuDNN's attention builds a plan for every new length of the KV cache: 25 ms for each token,
         # measured on an H100. docs/decisions/0005-no-cudnn-attention.md
         torch.backends.cuda.enable_cudnn_sdp(False)
-    model = _hollow(store, choose_attention(attention, device, dtype), device, dtype)
+    attention = choose_attention(attention, device, dtype)
+    model = hollow(store.config, store.path / CONFIG_FILE, device, attention, dtype)
     residents = {}
     for entry in store.residents:
         tensor = store.read_resident(entry)
@@ -80,28 +80,6 @@ def build_model(
     if (store.path / GENERATION_FILE).is_file():
         model.generation_config = _generation_config(store)
     return model.eval().requires_grad_(False)
-
-
-def _hollow(store: Store, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of the store's config, by transformers' own class, with every parameter on meta."""
-    architecture = getattr(transformers, family_of(store.config).architecture)
-    try:
-        config = architecture.config_class.from_dict(described(store.config))
-        config._attn_implementation = attention
-        config.dtype = dtype
-        with torch.device("meta"):
-            model = architecture(config)
-        # What no checkpoint holds (rotary frequencies) is computed at construction: do that for real.
-        with torch.device(device):
-            model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # transformers has checks of its own, and many ways to say so
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{store.path / CONFIG_FILE}: transformers {transformers.__version__} refuses it: {reason}"
-        ) from error
-    return model
 
 
 def _generation_config(store: Store) -> GenerationConfig:

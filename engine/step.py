@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from common.families import FAMILIES
+from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
 from engine.cache import PastLayer, head_dim, past, windows_of
 from engine.client import WeightClient
@@ -38,7 +39,6 @@ from engine.w4a16 import Epilogue, Scratch, multiply_one
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose tables do not depend on the length
 
 
 @dataclass
@@ -75,6 +75,7 @@ def misfit(model: Any) -> str:
     checks = [
         (config.hidden_act == "silu", f"its activation is {config.hidden_act}"),
         (dim in (32, 64, 128, 256), f"its heads have {dim} elements"),
+        # of which no table depends on the length
         (rope in ROPE_TYPES, f"its rotary embedding is {rope}"),
         (
             window is None or window >= longest,

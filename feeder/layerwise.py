@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from common import int4
 from common.checkpoint import EMBEDDING, HEAD
-from common.errors import ConfigError
-from common.families import described
+from common.hollow import hollow
 from common.store import Store
 from feeder.checkpoints.source import Grouped, Source
 
@@ -75,7 +72,9 @@ class Decoder:
         device: torch.device,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
-        skeleton, self._rotary = _hollow(config, device)
+        # Given no mask, sdpa is causal; eval: without dropout.
+        skeleton = hollow(config, "the model's config", device, "sdpa").eval()
+        self._rotary = skeleton.model.rotary_emb
         self.count = len(skeleton.model.layers)
         self.head = EMBEDDING if skeleton.config.tie_word_embeddings else HEAD
         self._layers, self._norm = skeleton.model.layers, skeleton.model.norm
@@ -113,25 +112,6 @@ class Decoder:
         """What lies between the last layer and the head, with the weights of ``model``."""
         _load(self._norm, "model.norm", model)
         return self._norm
-
-
-def _hollow(config: Mapping[str, Any], device: torch.device) -> tuple[Any, nn.Module]:
-    """The model without weights, and what rotates: its frequencies are in no checkpoint, but computed."""
-    try:
-        made = CONFIG_MAPPING[config["model_type"]].from_dict(described(config))
-        made._attn_implementation = "sdpa"  # given no mask, it is causal
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(made)
-        with torch.device(device):
-            rotary = type(skeleton.model.rotary_emb)(made)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # transformers has checks of its own, and many ways to say so
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"the model's config: transformers {transformers.__version__} refuses it: {reason}"
-        ) from error
-    return skeleton.eval(), rotary  # without dropout
 
 
 def _load(module: nn.Module, prefix: str, model: Tensors) -> None:

@@ -8,6 +8,7 @@ neither HTTP nor the shape of replies.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -80,28 +81,6 @@ class Watcher(Protocol):
     def done(self, job: Job, answer: Answer) -> None: ...
 
     def failed(self, job: Job) -> None: ...
-
-
-class Scheduler(Protocol):
-    """Answers jobs. ``run`` is for the thread that owns the model, the rest for the server's."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def running(self) -> int: ...
-
-    def submit(self, job: Job) -> None:
-        """Busy or Ending if it cannot be taken."""
-
-    def cancel(self, job: Job) -> None:
-        """Nobody waits for it any more. Nothing happens if it is done."""
-
-    def run(self) -> None:
-        """Answer jobs until `stop`, or until something goes wrong that concerns them all."""
-
-    def stop(self) -> None:
-        """Take no more jobs, and let ``run`` return when it looks for the next."""
 
 
 class Queue:
@@ -195,27 +174,46 @@ class Telling:
             self.job.tell(Piece(text))
 
 
-class OneByOne:
-    """One job after the other, in the order in which they came."""
+class Scheduler(ABC):
+    """Answers jobs. ``run`` is for the thread that owns the model, the rest for the server's."""
 
-    def __init__(self, generator: Generator, limit: int, watcher: Watcher) -> None:
+    def __init__(self, limit: int) -> None:
         """``limit``: how many may wait."""
-        self._generator, self._watcher = generator, watcher
         self._queue = Queue(limit)
-        self._current: Job | None = None
 
     @property
     def waiting(self) -> int:
         return len(self._queue.waiting)
 
+    @property
+    @abstractmethod
+    def running(self) -> int: ...
+
     def submit(self, job: Job) -> None:
+        """Busy or Ending if it cannot be taken."""
         self._queue.submit(job)
 
     def cancel(self, job: Job) -> None:
+        """Nobody waits for it any more. Nothing happens if it is done."""
         self._queue.cancel(job)
 
+    @abstractmethod
+    def run(self) -> None:
+        """Answer jobs until `stop`, or until something goes wrong that concerns them all."""
+
     def stop(self) -> None:
+        """Take no more jobs, and let ``run`` return when it looks for the next."""
         self._queue.stop()
+
+
+class OneByOne(Scheduler):
+    """One job after the other, in the order in which they came."""
+
+    def __init__(self, generator: Generator, limit: int, watcher: Watcher) -> None:
+        """``limit``: how many may wait."""
+        super().__init__(limit)
+        self._generator, self._watcher = generator, watcher
+        self._current: Job | None = None
 
     @property
     def running(self) -> int:

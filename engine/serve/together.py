@@ -5,34 +5,21 @@ from __future__ import annotations
 from common.errors import WeightFeederError
 from engine.batch.batch import Batch
 from engine.generate import Answer, Generator, Request
-from engine.serve.jobs import Job, Queue, Telling, Watcher
+from engine.serve.jobs import Job, Scheduler, Telling, Watcher
 
 
-class Together:
+class Together(Scheduler):
     """Several jobs at once; those for which there is no room wait in the order in which they came."""
 
     def __init__(self, generator: Generator, batch: Batch, limit: int, watcher: Watcher) -> None:
         """``limit``: how many may wait."""
+        super().__init__(limit)
         self._generator, self._batch, self._watcher = generator, batch, watcher
-        self._queue = Queue(limit)
         self._running: set[Job] = set()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._queue.waiting)
 
     @property
     def running(self) -> int:
         return len(self._running)
-
-    def submit(self, job: Job) -> None:
-        self._queue.submit(job)
-
-    def cancel(self, job: Job) -> None:
-        self._queue.cancel(job)
-
-    def stop(self) -> None:
-        self._queue.stop()
 
     def run(self) -> None:
         try:

@@ -12,7 +12,7 @@ from engine.batch.attention import Part
 from engine.batch.batch import Batch
 from engine.batch.passes import Passes
 from engine.cache import make_cache
-from engine.generate import Answer, Generator, Request, Sampling
+from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.step import Step, supports
@@ -20,6 +20,7 @@ from engine.text import TokenIds
 from feeder import control
 from feeder.quantize import quantize_checkpoint
 from tests import fed
+from tests.batching import Owner
 from tests.checkpoints import make_checkpoint
 from tests.processes import Room
 from tests.reference import reference_model
@@ -81,25 +82,6 @@ def test_logits_are_those_of_fp32(
         ours = (torch.stack(got) - wanted).abs().max() / scale
         theirs = (other.float()[prompt - 1 :] - wanted).abs().max() / scale  # transformers in bf16
         assert ours < max(2 * theirs, 0.1), (prompt, float(ours), float(theirs))
-
-
-class Owner:
-    """Wants one answer."""
-
-    wanted = True
-
-    def __init__(self, generator: Generator, prompt: list[int], sampling: Sampling) -> None:
-        self._make = lambda: generator.request(prompt, lambda text: None, sampling=sampling)
-        self.ids: list[int] = []
-
-    def request(self) -> Request:
-        return self._make()
-
-    def done(self, answer: Answer) -> None:
-        self.ids = answer.ids
-
-    def failed(self, error: Exception) -> None:
-        raise error
 
 
 def test_swaps_change_no_text(room: Room, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

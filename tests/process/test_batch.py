@@ -13,11 +13,12 @@ import pytest
 from demo.sums import Sum
 from engine.batch.batch import Batch
 from engine.batch.passes import Passes
-from engine.generate import Answer, Generator, Request, Sampling
+from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.text import TokenIds
 from tests import fed, lives
+from tests.batching import Owner
 from tests.processes import Room
 from tests.serving import Serving
 
@@ -47,25 +48,6 @@ def test_prompts_of_a_file(room: Room, demo_store: Path, tmp_path: Path) -> None
     assert (three["batch"], three["passes"]) == (3, 50)  # three prompts, then the fourth
     # The first pass of each run streams what no slot held yet.
     assert one["streamed_bytes"] > 1.7 * three["streamed_bytes"]
-
-
-class Owner:
-    """Wants one answer."""
-
-    wanted = True
-
-    def __init__(self, generator: Generator, prompt: list[int], sampling: Sampling) -> None:
-        self._make = lambda: generator.request(prompt, lambda text: None, sampling=sampling)
-        self.ids: list[int] = []
-
-    def request(self) -> Request:
-        return self._make()
-
-    def done(self, answer: Answer) -> None:
-        self.ids = answer.ids
-
-    def failed(self, error: Exception) -> None:
-        raise error
 
 
 @pytest.mark.parametrize("slots", ["packed", "dequantized"])
