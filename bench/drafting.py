@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
+from bench.record import finish
 from bench.source import Source, add_streamed
 from bench.widths import measure as measure_widths
 from common.arguments import Parser
@@ -74,8 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
         file=sys.stderr, flush=True,
     )  # fmt: skip
     figures = {"pass_ms": one, "pass_of_8_ms": wide, "draft_ms": draft, "share": draft / one}
-    about = {"model": source.name, "draft": small.name, "cache": arguments.cache}
-    print(json.dumps({**about, "tokens": arguments.tokens, **figures}))
+    about = {
+        "model": source.name, "draft": small.name, "slots": arguments.slots,
+        "cache": arguments.cache, "context": arguments.context, "tokens": arguments.tokens,
+    }  # fmt: skip
+    print(json.dumps(finish({**about, **figures}, arguments.output)))
 
 
 def main(argv: list[str]) -> int:
@@ -87,7 +91,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, default=8, metavar="N", help=f"1 to {MOST_CANDIDATES}"
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="drafts")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result there, too")
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
+from bench.record import finish
 from bench.source import Source, add_streamed
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
@@ -75,7 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         figures = {
             width: {"ms": median(ms), "ratio": median(ms) / one} for width, ms in found.items()
         }
-        print(json.dumps({"model": source.name, "cache": arguments.cache, "widths": figures}))
+        about = {"model": source.name, "slots": arguments.slots, "cache": arguments.cache}
+        result = {**about, "context": arguments.context, "widths": figures}
+        print(json.dumps(finish(result, arguments.output)))
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +86,8 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m bench.widths", description="Passes over 1 to 16 tokens, timed.")
     add_streamed(parser)
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of the past")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each width")
+    parser.add_argument("--output", metavar="FILE.json", help="write the result there, too")
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))
