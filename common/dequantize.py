@@ -76,13 +76,13 @@ def _check(
     elements: int,
     device: torch.device,
 ) -> None:
-    found = (tensor.dtype, tensor.numel(), tensor.device, tensor.is_contiguous())
     if (
         tensor.dtype not in dtypes
         or tensor.numel() != elements
         or tensor.device != device
         or not tensor.is_contiguous()
     ):
+        found = (tensor.dtype, tensor.numel(), tensor.device, tensor.is_contiguous())
         raise ValueError(
             f"{name} is {found}: expected {dtypes}, {elements} elements, {device}, contiguous"
         )

@@ -27,6 +27,8 @@ from engine.ledger import Lease, Ledger
 
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
+LINGER_S = 0.0005  # the same on a GPU with no kernel to ask for: to be woken takes as long as a fill
+LOOK_S = 0.001  # how often it looks meanwhile whether somebody has died, which takes a call of the system
 
 
 class NotLent(Exception):
@@ -64,6 +66,7 @@ class WeightClient:
         self._plan: p.Plan | None = None
         self._memory: Memory | None = None
         self._stream: Any = None
+        self._linger_s = 0.0
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
         self._said: p.Fields = {}  # the last status of the feeder that is there
@@ -90,6 +93,7 @@ class WeightClient:
         with self._lock:
             self._memory = memory
             self._stream = memory.stream()
+            self._linger_s = LINGER_S if memory.device.type == "cuda" else 0.0
             if self._connection.feeder is not None:
                 memory.limit(self._connection.feeder.engine_bytes)
             for message in self._early:
@@ -100,9 +104,11 @@ class WeightClient:
         """The lease of ``weight``; blocks until the feeder has granted it. NotLent for a weight of a
         draft that is not there: nobody waits for those."""
         with self._lock:
-            if len(self._pending) or self._idle:
+            lease = self._ledger.take(weight)
+            if lease is None:
+                lease = self._wait_for(weight)  # which returns what is complete, too
+            elif len(self._pending) or self._idle:
                 self._return_complete()
-            lease = self._ledger.take(weight) or self._wait_for(weight)
             self._taken(lease)
             return lease
 
@@ -297,7 +303,7 @@ class WeightClient:
 
         Raises what went wrong, also in the keeper.
         """
-        start = time.monotonic()
+        start, look = time.monotonic(), LOOK_S
         while True:
             self._turn()
             if true():
@@ -307,9 +313,12 @@ class WeightClient:
                 return
             if self._failure is not None:
                 raise self._failure
-            patience = 0.5
-            if len(self._pending):  # nothing wakes us when a kernel ends
-                patience = 0.0 if waited < SPIN_S else 0.001
+            if waited < (SPIN_S if len(self._pending) else self._linger_s):
+                if waited >= look:
+                    look = waited + LOOK_S
+                    self._connection.wait(0)
+                continue
+            patience = 0.001 if len(self._pending) else 0.5  # nothing wakes us when a kernel ends
             if timeout_s is not None:
                 patience = min(patience, timeout_s - waited)
             self._connection.wait(patience)
