@@ -27,7 +27,9 @@ from engine.ledger import Lease, Ledger
 
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
-LINGER_S = 0.0005  # the same on a GPU with no kernel to ask for: to be woken takes as long as a fill
+LINGER_S = (
+    0.0005  # the same on a GPU with no kernel to ask for: to be woken takes as long as a fill
+)
 LOOK_S = 0.001  # how often it looks meanwhile whether somebody has died, which takes a call of the system
 
 

@@ -25,6 +25,7 @@ from engine.cache import make_cache, past, reserve, rounded, windows_of
 from engine.draft import Draft, Drafted
 from engine.speculation import Speculation
 from engine.step import Step
+from engine.steps import Steps
 
 Survive = Callable[[Callable[[], Any], DynamicCache], Any]
 
@@ -36,7 +37,7 @@ class Loop:
 
     def __init__(
         self,
-        step: Step | None,
+        step: Step | Steps | None,
         survive: Survive,
         speculation: Speculation | None = None,
         draft: Draft | None = None,

@@ -165,9 +165,7 @@ class Feeder:
         return ready
 
     def _patience_s(self) -> float | None:
-        if self._on_gpu and (
-            len(self._fills) or time.monotonic() < self._changed_at + LINGER_S
-        ):
+        if self._on_gpu and (len(self._fills) or time.monotonic() < self._changed_at + LINGER_S):
             return 0.0  # nothing wakes a poll when an event fires; see common/wait.py
         if self._unsent:
             return UNSENT_PATIENCE_S

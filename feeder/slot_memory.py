@@ -26,7 +26,6 @@ from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 from feeder.strategies.resident import spread
 
-
 MAX_VIEWS = 4096  # tensors of slots that are kept; making one takes as long as a launch
 
 
