@@ -27,10 +27,13 @@ from engine.ledger import Lease, Ledger
 
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
-LINGER_S = (
-    0.0005  # the same on a GPU with no kernel to ask for: to be woken takes as long as a fill
-)
-LOOK_S = 0.001  # how often it looks meanwhile whether somebody has died, which takes a call of the system
+#: The same on a GPU while it has no kernel to ask for: to be woken takes as long as a fill.
+LINGER_S = 0.0005
+#: An engine that need not wait looks only now whether kernels are complete: their slots are then told of
+#: in one message, which is half the work for both sides. One that has to wait looks at once.
+RETURN_TOGETHER = 2
+#: How often it looks meanwhile whether somebody has died, which takes calls of the system.
+LOOK_S = 0.001
 
 
 class NotLent(Exception):
@@ -109,7 +112,7 @@ class WeightClient:
             lease = self._ledger.take(weight)
             if lease is None:
                 lease = self._wait_for(weight)  # which returns what is complete, too
-            elif len(self._pending) or self._idle:
+            elif len(self._pending) >= RETURN_TOGETHER or self._idle:
                 self._return_complete()
             self._taken(lease)
             return lease

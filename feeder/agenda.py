@@ -17,6 +17,7 @@ from feeder.target import NOTHING, Target
 #: Where a weight is listed. The first two, missing, never go with others.
 _STREAMS, _STAYS, _GRANTABLE, _READY, _LENT = 1, 2, 4, 8, 16
 _MISSING = _STREAMS | _STAYS
+_IS_READY, _IS_IN_USE = State.READY, State.IN_USE  # looked up once: `touch` is called very often
 
 
 class Agenda:
@@ -74,10 +75,10 @@ class Agenda:
         if slot is None:
             if wanted:
                 now = _STAYS if weight in self.keep else _STREAMS
-        elif (state := slot.state) is State.READY or state is State.IN_USE:
+        elif (state := slot.state) is _IS_READY or state is _IS_IN_USE:
             # A need may lie anywhere until it is granted.
             dispensable = weight != self.need and (not wanted or self._misplaced(slot))
-            if state is State.IN_USE:
+            if state is _IS_IN_USE:
                 now = _LENT if dispensable else 0
             else:
                 now = (_GRANTABLE if wanted else 0) | (_READY if dispensable else 0)

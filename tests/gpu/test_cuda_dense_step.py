@@ -66,7 +66,7 @@ def test_the_one_that_is_useful_takes_the_token(room: Room, tmp_path: Path) -> N
         assert steps is not None and steps.useful and not steps.packed
         assert_stepped_as_plain(steps, model, reference, TOKENS)
         lives.ask(room, p.Swap("", "", "packed"))
-        engine.client.ask_status()
+        engine.client.ask_status()  # so that it knows
         assert steps.useful and steps.packed
         token = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
         with torch.inference_mode():
@@ -76,5 +76,6 @@ def test_the_one_that_is_useful_takes_the_token(room: Room, tmp_path: Path) -> N
             assert steps(token, cache).dtype == torch.float32
         steps.rest()
         lives.ask(room, p.Swap("ring", "5", "dequantized"))
+        engine.client.ask_status()  # so that it knows
         assert steps.useful and not steps.packed
         assert_stepped_as_plain(steps, model, reference, TOKENS)
