@@ -8,7 +8,7 @@ a ProtocolError that says what was expected. docs/protocol.md is the prose to th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -16,7 +16,7 @@ import msgpack
 
 from common.errors import ProtocolError
 
-VERSION = 4
+VERSION = 5
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_ITEMS = 1 << 16
@@ -114,6 +114,42 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Grants:
+    """Several at once: lists of one length, with a place for each grant; the rest they have in common."""
+
+    weights: Numbers
+    slots: Numbers
+    generations: Numbers
+    segment: int
+    offsets_bytes: Numbers
+    sizes_bytes: Numbers
+    format: str
+    standing: bool
+    checksums: Numbers
+
+    @classmethod
+    def of(cls, grants: Sequence[Grant]) -> Grants:
+        """Of grants that share segment, format and whether they stand."""
+        first = grants[0]
+        return cls(
+            tuple(grant.weight for grant in grants), tuple(grant.slot for grant in grants),
+            tuple(grant.generation for grant in grants), first.segment,
+            tuple(grant.offset_bytes for grant in grants),
+            tuple(grant.size_bytes for grant in grants), first.format, first.standing,
+            tuple(grant.checksum for grant in grants),
+        )  # fmt: skip
+
+    def each(self) -> Iterator[Grant]:
+        """One after the other."""
+        segment, kind, standing = self.segment, self.format, self.standing
+        for weight, slot, generation, offset, size, checksum in zip(
+            self.weights, self.slots, self.generations, self.offsets_bytes, self.sizes_bytes,
+            self.checksums, strict=True,
+        ):  # fmt: skip
+            yield Grant(weight, slot, generation, segment, offset, size, kind, standing, checksum)
+
+
+@dataclass(frozen=True)
 class Release:
     """The kernels that read these grants are complete. Two lists of one length."""
 
@@ -200,17 +236,20 @@ class Goodbye:
 
 
 Message = (
-    Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Release | Revoke
+    Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Grants | Release
+    | Revoke
     | Shrink | Shrunk | StatusRequest | Status | Swap | Stop | Done | Failure | Goodbye
 )  # fmt: skip
 
 TYPES: dict[str, type[Message]] = {
     "hello": Hello, "welcome": Welcome, "export": Export, "retire": Retire, "retired": Retired,
-    "plan": Plan, "need": Need, "grant": Grant, "release": Release, "revoke": Revoke,
+    "plan": Plan, "need": Need, "grant": Grant, "grants": Grants, "release": Release,
+    "revoke": Revoke,
     "shrink": Shrink, "shrunk": Shrunk,
     "status-request": StatusRequest, "status": Status, "swap": Swap, "stop": Stop, "done": Done,
     "failure": Failure, "goodbye": Goodbye,
 }  # fmt: skip
+_OF_EACH_GRANT = ("weights", "slots", "generations", "offsets_bytes", "sizes_bytes", "checksums")
 _NAMES = {cls: name for name, cls in TYPES.items()}
 
 
@@ -328,6 +367,10 @@ def _check(cls: type[Message], fields: dict[Any, Any]) -> None:
     if cls is Release and len(fields["slots"]) != len(fields["generations"]):
         raise ProtocolError(
             "release with two lists of different length: expected one generation a slot"
+        )
+    if cls is Grants and len({len(fields[name]) for name in _OF_EACH_GRANT}) != 1:
+        raise ProtocolError(
+            "grants with lists of different length: expected one item a grant in each"
         )
 
 

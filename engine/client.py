@@ -418,6 +418,9 @@ class WeightClient:
                     self._connection.ignored += 1
                     what = "is an old one, or names a segment, extent or slot that cannot be"
                     self._connection.complain("grant", f"grant of weight {weight} {what}")
+            case p.Grants():
+                for grant in message.each():
+                    self._obey(grant)
             case p.Revoke(slot, generation):
                 wanted = () if self._needed is None else (self._needed,)
                 lease = self._ledger.recall(slot, generation, wanted)

@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ LOOK_S = 0.001
 #: So long after the last event it does not sleep either: the engine's next release is near, and to be
 #: woken takes as long as a fill.
 LINGER_S = 0.0005
+GRANTS_TOGETHER = 1024  # in one message, far below what one may carry
 _MALFORMED_SHOWN = 3
 
 
@@ -96,6 +98,7 @@ class Feeder:
         self._swap = SwapRequests(self._server.send, self.scheduler, self.slots)
         self._engine: _Engine | None = None
         self._unsent: deque[p.Message] = deque()
+        self._grants: list[p.Grant] = []  # to be sent
         self._malformed = 0
         self._on_gpu = memory.device.type == "cuda"
         self._look_at = self._changed_at = 0.0
@@ -173,14 +176,18 @@ class Feeder:
 
     def _execute(self) -> None:
         """Carry out what the scheduler decides now."""
+        fills: list[Fill] = []
         for command in self.scheduler.step():
             match command:
                 case Fill():
-                    self._fill(command)
+                    fills.append(command)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
                     self._send(p.Revoke(slot, generation))
+        self._send_grants()  # first, since the engine may wait for them
+        for fill in fills:
+            self._fill(fill)
         mapped = self._engine is not None and self._engine.mapped
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
@@ -201,7 +208,7 @@ class Feeder:
         self._meter.add(self._filler.streamed_bytes)
 
     def _grant(self, grant: Grant) -> None:
-        self._send(
+        self._grants.append(
             p.Grant(
                 weight=grant.weight, slot=grant.slot, generation=grant.generation,
                 segment=self.slots.segment_id, offset_bytes=grant.offset_bytes,
@@ -209,6 +216,15 @@ class Feeder:
                 standing=grant.standing, checksum=self._check(grant.slot, "grant"),
             )
         )  # fmt: skip
+
+    def _send_grants(self) -> None:
+        """In order, and those that follow each other and are alike in one message."""
+        grants, self._grants = self._grants, []
+        for _, alike in groupby(grants, lambda grant: (grant.format, grant.standing)):
+            several = list(alike)
+            for first in range(0, len(several), GRANTS_TOGETHER):
+                some = several[first : first + GRANTS_TOGETHER]
+                self._send(some[0] if len(some) == 1 else p.Grants.of(some))
 
     def _check(self, slot_id: int, moment: str) -> int:
         """In verify mode: the slot's checksum, which has been compared with what it must be."""
