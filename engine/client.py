@@ -29,6 +29,9 @@ KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
 #: The same on a GPU while it has no kernel to ask for: to be woken takes as long as a fill.
 LINGER_S = 0.0005
+#: Nor does it say at once that it needs what most likely is on its way: the feeder would have to read
+#: that before it can go on.
+NEED_AFTER_S = 0.0002
 #: An engine that need not wait looks only now whether kernels are complete: their slots are then told of
 #: in one message, which is half the work for both sides. One that has to wait looks at once.
 RETURN_TOGETHER = 2
@@ -66,6 +69,7 @@ class WeightClient:
         self._pending: Pending[Lease] = Pending()  # released, their kernels still run
         self._idle: list[Lease] = []  # released and complete, the feeder to be told
         self._needed: int | None = None  # the weight that the main thread is blocked on
+        self._foreseen = False  # whether the last weights came without being asked for
         self._early: list[p.Message] = []  # came before there was a memory to map segments in
         self._order: dict[int, None] | None = {}  # the plan as it is learned; None once it is
         self._plan: p.Plan | None = None
@@ -112,8 +116,10 @@ class WeightClient:
             lease = self._ledger.take(weight)
             if lease is None:
                 lease = self._wait_for(weight)  # which returns what is complete, too
-            elif len(self._pending) >= RETURN_TOGETHER or self._idle:
-                self._return_complete()
+            else:
+                self._foreseen = True
+                if len(self._pending) >= RETURN_TOGETHER or self._idle:
+                    self._return_complete()
             self._taken(lease)
             return lease
 
@@ -254,12 +260,18 @@ class WeightClient:
 
         self._turn()  # it may have been granted long ago, and only be unread
         if granted():
+            self._foreseen = True
             return taken[0]
         if weight >= self._own_weights:
             raise NotLent(f"weight {weight} of the draft model is not lent any more")
         self._needed = weight
         try:
-            if self._ledger.returning(weight):  # a need must not overtake the release of its weight
+            if self._foreseen and self._linger_s:
+                self._pump_until(granted, NEED_AFTER_S)
+                self._foreseen = bool(taken)
+            if not taken and self._ledger.returning(
+                weight
+            ):  # a need must not overtake the release of its weight
                 self._pump_until(lambda: granted() or not self._ledger.returning(weight))
             if not taken:
                 self._connection.send(p.Need(weight))

@@ -242,6 +242,8 @@ class CudaFiller(Filler):
         for staged in self._filling:
             while staged.to_free and (work := staged.to_free[0].dequantized) and work.complete():
                 self._free(staged.to_free.popleft())
+            if staged.to_free and not staged.to_copy:
+                break  # what was queued behind it need not be asked after
         while self._filling and not (self._filling[0].to_copy or self._filling[0].to_free):
             self._filling.popleft()
         room = True
