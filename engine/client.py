@@ -269,9 +269,8 @@ class WeightClient:
             if self._foreseen and self._linger_s:
                 self._pump_until(granted, NEED_AFTER_S)
                 self._foreseen = bool(taken)
-            if not taken and self._ledger.returning(
-                weight
-            ):  # a need must not overtake the release of its weight
+            # A need must not overtake the release of its weight.
+            if not taken and self._ledger.returning(weight):
                 self._pump_until(lambda: granted() or not self._ledger.returning(weight))
             if not taken:
                 self._connection.send(p.Need(weight))
