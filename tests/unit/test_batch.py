@@ -209,9 +209,11 @@ class Eager:
         self.lengths: list[int] = []
         self.graphed = False
 
+    packed = False  # the kernels for several are none for the CPU
+
     @property
     def useful(self) -> bool:
-        """The kernels for several are none for the CPU."""
+        """While a sequence is alone."""
         return self.batch is not None and self.batch.running == 1
 
     def __call__(self, token: torch.Tensor, kept: Any) -> torch.Tensor:
