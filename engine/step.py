@@ -366,8 +366,9 @@ class Step:
         for group in groups:
             rows = tuple(linear.out_features for linear in group)
             for some in (rows, *((count,) for count in rows)):
-                cut = one_token_cut(some, group[0].in_features)
-                self._scratch.hold(cut.split * sum(some), sum(some))
+                columns = group[0].in_features
+                cut = one_token_cut(some, columns)
+                self._scratch.hold(cut.parts(columns) * sum(some), sum(some))
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)
