@@ -73,13 +73,16 @@ def _unit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _all_units(parts, slots, UNITS: tl.constexpr, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sums of a tile's units, from ``parts`` [TILE] on, added up."""
-    unit = tl.arange(0, PADDED)[:, None]
-    sums = tl.load(
-        parts[None, :] + unit * slots, mask=unit < UNITS, other=0.0, cache_modifier=".cg"
-    )
-    return tl.sum(sums, 0)
+def _all_units(parts, slots, UNITS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of a tile's units, from ``parts`` [TILE] on, added in their order: which one `tl.sum`
+    takes is not said, and may be another in each mode."""
+    AT_ONCE: tl.constexpr = min(UNITS, 32)
+    total = tl.zeros((TILE,), tl.float32)
+    for first in range(0, UNITS, AT_ONCE):
+        for unit in tl.static_range(AT_ONCE):
+            at = parts + (first + unit) * slots
+            total += tl.load(at, mask=first + unit < UNITS, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -101,12 +104,12 @@ def _where(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ring_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
+def ring_kernel(  # type: ignore[no-untyped-def]
     planes, words, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K, tiles,
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
-    TILE: tl.constexpr, RUNS: tl.constexpr, UNITS: tl.constexpr, PADDED: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr,
+    TILE: tl.constexpr, RUNS: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr,
     SUMS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One of any number of programs. Operands are those of `one_token.product_kernel`, but for these.
@@ -146,20 +149,21 @@ def ring_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         )  # fmt: skip
         factor_a = _scales(scales + scale_a, local_a, next_part, runs, TILE, RUNS, RUN)
         factor_b = _scales(scales + scale_b, local_b, next_part, runs, TILE, RUNS, RUN)
-        if unit == first:
-            if PDL:
+        if PDL:  # noqa: SIM102: known when compiled
+            if unit == first:
                 # From here on what the kernel before has written is read. That x is read later is said
                 # by its address: the compiler moves a branch of which it needs nothing yet.
                 waited = _say("griddepcontrol.wait;")
                 _say("griddepcontrol.launch_dependents;")
-            if NORM:
-                factor = factor_of(sums + waited, sum_count, K, eps, SUMS)
         sum_a, sum_b = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
         # Always so; but x must not go through the ring, where it would be read before the wait.
         if unit < units:
             sum_a, sum_b = _unit(
                 a, b, now_a, now_b, planes + waited * 4, word, stride, TILE, RUNS, WORDS, EVEN, ASM
             )
+        if NORM:  # noqa: SIM102
+            if unit == first:  # not before x is read: that would wait for it
+                factor = factor_of(sums + waited, sum_count, K, eps, SUMS)
         at_a, at_b = parts + row + rows, parts + slot_b + rows
         tl.store(at_a + part * slots, sum_a)
         tl.store(at_b + part * slots, sum_b)
@@ -174,8 +178,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
                 if complete:
                     tl.store(counters + tile, 0)
             if complete:
-                a_all = _all_units(at_a, slots, UNITS, PADDED) * factor
-                b_all = _all_units(at_b, slots, UNITS, PADDED) * factor
+                a_all = _all_units(at_a, slots, UNITS, TILE) * factor
+                b_all = _all_units(at_b, slots, UNITS, TILE) * factor
                 _end(
                     a_all, b_all, row, total, K, bias, y, sums, sum_count, eps, hidden, norm,
                     next_planes, next_sums, tile, TILE, BIAS, MODE, False, SUMS,

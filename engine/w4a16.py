@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
@@ -152,7 +153,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     planes, pairs, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K, tokens,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr,
-    TOKENS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies ROWS rows with its part of K for all tokens, a run at a time. What is summed
     in which order depends on K alone: K has PARTS parts, SPLIT is 1 or PARTS.
@@ -185,6 +186,9 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     if SPLIT > 1:
         first, last = part * per_part, min((part + 1) * per_part, runs)
     factor = tl.load(scales + scale + ((first_run + tl.minimum(first, runs - 1)) * RUN) // 128)
+    if PDL:
+        gdc_wait()  # from here on what the kernel before has written is read, or overwritten
+        gdc_launch_dependents()
     for run in range(first, last):
         data = tl.load(at + run * HALF)
         # The next run's, so that nobody waits for it.
@@ -246,10 +250,6 @@ class Epilogue:
     planes: torch.Tensor | None = None
     next_sums: torch.Tensor | None = None
     pdl: bool = False
-    warm: tuple[int, int] = (
-        0,
-        0,
-    )  # an address, and how many bytes a later product reads from there on
 
 
 NONE = Epilogue()
@@ -352,8 +352,8 @@ def _ring(
         *places, rows[0] if glu else total, columns, tiles,
         sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
         epilogue.planes, epilogue.next_sums,
-        TILE=cut.tile, RUNS=UNIT // run, UNITS=units, PADDED=triton.next_power_of_2(units),
-        STAGES=cut.stages, BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
+        TILE=cut.tile, RUNS=UNIT // run, UNITS=units, STAGES=cut.stages, BIAS=bias is not None,
+        RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
         EVEN=columns % UNIT == 0, PDL=epilogue.pdl, ASM=not interpreted(),
         num_warps=1, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
@@ -367,6 +367,12 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # of the interpreter, which has none
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may begin on a device before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def multiply_tokens(
@@ -391,7 +397,8 @@ def multiply_tokens(
         bias if bias is not None else y, y, scratch.parts, scratch.counters,
         *places, total, columns, tokens,
         ROWS=cut.rows, SPLIT=split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
-        ASM=not interpreted(), PARTS=cut.parts, num_warps=cut.warps, num_stages=cut.stages,
+        ASM=not interpreted(), PARTS=cut.parts, PDL=dependent_launch(planes.device),
+        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=dependent_launch(planes.device),
     )  # fmt: skip
 
 
