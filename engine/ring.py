@@ -149,7 +149,7 @@ def ring_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         factor_a = _scales(scales + scale_a, local_a, next_part, runs, TILE, RUNS, RUN)
         factor_b = _scales(scales + scale_b, local_b, next_part, runs, TILE, RUNS, RUN)
-        if PDL:  # noqa: SIM102: known when compiled
+        if PDL:  # noqa: SIM102
             if unit == first:
                 # From here on what the kernel before has written is read. That x is read later is said
                 # by its address: the compiler moves a branch of which it needs nothing yet.
