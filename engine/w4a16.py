@@ -323,7 +323,7 @@ def multiply_one(
         TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
         MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, ASM=cut.merged,
+        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, ASM=cut.merged and not interpreted(),
         num_warps=cut.warps, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return programs
