@@ -98,13 +98,13 @@ Cut = OneTokenCut | RingCut | TokensCut
 
 #: Stages, programs on a multiprocessor, registers: as many as fit, and fewer with a longer ring.
 RINGS = (
-    (3, 12, 168),
-    (3, 10, 168),
-    (3, 10, 200),
-    (3, 8, 200),
-    (3, 6, 200),
-    (4, 8, 200),
-    (2, 12, 168),
+    (3, 13, 128),
+    (3, 12, 128),
+    (3, 10, 128),
+    (3, 8, 128),
+    (4, 9, 128),
+    (4, 8, 128),
+    (2, 14, 144),
 )
 
 

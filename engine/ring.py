@@ -30,26 +30,23 @@ def _say(instruction: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _x(planes, first, stride, SIZE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x of some words, [1, SIZE] of each plane, in the layout in which codes come; 0 beyond the row."""
+def _x(planes, first, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x of some words, [1, SIZE] of each plane, in the layout in which codes come; 0 beyond the row. The
+    mask is also there where all are within: the compiler then loads all of x first, and each row's codes
+    when they are wanted, and needs 128 registers instead of 200."""
     column = first + tl.arange(0, SIZE)[None, :]
     at, mask = planes + column, column < stride
     return (
-        _plane(at, mask, EVEN),
-        _plane(at + stride, mask, EVEN),
-        _plane(at + 2 * stride, mask, EVEN),
-        _plane(at + 3 * stride, mask, EVEN),
-        _plane(at + 4 * stride, mask, EVEN),
-        _plane(at + 5 * stride, mask, EVEN),
-        _plane(at + 6 * stride, mask, EVEN),
-        _plane(at + 7 * stride, mask, EVEN),
-        _plane(at + 8 * stride, mask, EVEN),
+        tl.load(at, mask=mask, other=0.0),
+        tl.load(at + stride, mask=mask, other=0.0),
+        tl.load(at + 2 * stride, mask=mask, other=0.0),
+        tl.load(at + 3 * stride, mask=mask, other=0.0),
+        tl.load(at + 4 * stride, mask=mask, other=0.0),
+        tl.load(at + 5 * stride, mask=mask, other=0.0),
+        tl.load(at + 6 * stride, mask=mask, other=0.0),
+        tl.load(at + 7 * stride, mask=mask, other=0.0),
+        tl.load(at + 8 * stride, mask=mask, other=0.0),
     )
-
-
-@triton.jit
-def _plane(at, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -62,11 +59,11 @@ def _rows(product, factor, TILE: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.con
 @triton.jit
 def _unit(  # type: ignore[no-untyped-def]
     a, b, factor_a, factor_b, planes, first, stride,
-    TILE: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+    TILE: tl.constexpr, RUNS: tl.constexpr, WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """The sums of one unit, two times [TILE]."""
-    x0, x1, x2, x3, x4, x5, x6, x7, x8 = _x(planes, first, stride, RUNS * WORDS, EVEN)
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = _x(planes, first, stride, RUNS * WORDS)
     a = _eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
     b = _eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
     return _rows(a, factor_a, TILE, RUNS, WORDS), _rows(b, factor_b, TILE, RUNS, WORDS)
@@ -110,7 +107,7 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
     TILE: tl.constexpr, RUNS: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr,
-    SUMS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    SUMS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One of any number of programs. Operands are those of `one_token.product_kernel`, but for these.
 
@@ -139,8 +136,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
             unit, code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, TILE, UNITS, MODE
         )  # fmt: skip
         word = part * RUNS * WORDS
-        a = _words(words + code_a, local_a, word, stride, TILE, RUNS * WORDS, EVEN)
-        b = _words(words + code_b, local_b, word, stride, TILE, RUNS * WORDS, EVEN)
+        a = _words(words + code_a, local_a, word, stride, TILE, RUNS * WORDS)
+        b = _words(words + code_b, local_b, word, stride, TILE, RUNS * WORDS)
         # Scales are too small for the ring: those of the next unit are loaded into registers.
         now_a, now_b = factor_a, factor_b
         _, next_part, _, local_a, local_b, _, _, scale_a, scale_b, _ = _where(
@@ -159,7 +156,7 @@ def ring_kernel(  # type: ignore[no-untyped-def]
         # Always so; but x must not go through the ring, where it would be read before the wait.
         if unit < units:
             sum_a, sum_b = _unit(
-                a, b, now_a, now_b, planes + waited * 4, word, stride, TILE, RUNS, WORDS, EVEN, ASM
+                a, b, now_a, now_b, planes + waited * 4, word, stride, TILE, RUNS, WORDS, ASM
             )
         if NORM:  # noqa: SIM102
             if unit == first:  # not before x is read: that would wait for it
@@ -197,13 +194,9 @@ def _scales(scales, local, part, runs, TILE: tl.constexpr, RUNS: tl.constexpr, R
 
 
 @triton.jit
-def _words(words, local, first, stride, TILE: tl.constexpr, SIZE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _words(words, local, first, stride, TILE: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """SIZE words of each row; beyond the row its last four again: x is 0 there."""
-    column = tl.arange(0, SIZE)
-    if EVEN:
-        words += first
-    else:
-        column += first
-        column = tl.minimum(column // 4, stride // 4 - 1) * 4 + column % 4
+    column = first + tl.arange(0, SIZE)
+    column = tl.minimum(column // 4, stride // 4 - 1) * 4 + column % 4
     index = tl.arange(0, TILE)[:, None] * stride + column[None, :]
     return tl.load(words + local * stride + index, cache_modifier=".cg")

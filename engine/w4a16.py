@@ -51,8 +51,8 @@ class RingCut:
 
     tile: int = 8
     stages: int = 3
-    per_processor: int = 8
-    registers: int = 168
+    per_processor: int = 12
+    registers: int = 128
 
     def parts(self, columns: int) -> int:
         """How many sums of a row need scratch memory."""
@@ -355,7 +355,7 @@ def _ring(
         TILE=cut.tile, RUNS=UNIT // run, UNITS=units, STAGES=cut.stages, BIAS=bias is not None,
         RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        EVEN=columns % UNIT == 0, PDL=epilogue.pdl, ASM=not interpreted(),
+        PDL=epilogue.pdl, ASM=not interpreted(),
         num_warps=1, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return tiles

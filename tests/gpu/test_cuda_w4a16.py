@@ -38,9 +38,9 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
         OneTokenCut(16, 4, 1, 4),
         OneTokenCut(16, 2, 3, 4, merged=True),
         OneTokenCut(32, 2, 8, 4),
-        RingCut(8, 3, 10, 200),
-        RingCut(8, 4, 3, 200),
-        RingCut(8, 2, 100, 168),
+        RingCut(8, 3, 12, 128),
+        RingCut(8, 4, 3, 128),
+        RingCut(8, 2, 100, 128),
     ]
     several = [
         TokensCut(32, 2, False, 2, 3),
@@ -73,10 +73,10 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     scratch, pdl = Scratch(x.device), Epilogue(pdl=dependent_launch(x.device))
     planes = spread(x)
     y = torch.empty(sum(rows), device="cuda")
-    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 10, 200))
-    for programs in (10, 4, 1, 100):
+    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 128))
+    for programs in (12, 4, 1, 100):
         again, alone = torch.full_like(y, torch.nan), torch.full_like(y, torch.nan)
-        cut = RingCut(8, 3, programs, 200)
+        cut = RingCut(8, 3, programs, 128)
         multiply_one(planes, weights, None, again, scratch, pdl, cut)
         for weight, part in zip(weights, alone.split(rows), strict=True):
             multiply_one(planes, [weight], None, part, scratch, pdl, cut)
