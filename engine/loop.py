@@ -13,7 +13,7 @@ promises more, its distribution does not. docs/speculation.md has the argument.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from transformers import DynamicCache
 
 from engine.acceptance import draw
-from engine.cache import make_cache, past, reserve, rounded, windows_of
+from engine.cache import past, reserve
 from engine.draft import Draft, Drafted
+from engine.kept import Kept
 from engine.speculation import Speculation
 from engine.step import Step
 
@@ -43,7 +44,7 @@ class Loop:
     ) -> None:
         self._step, self._survive, self._speculation = step, survive, speculation
         self._draft = draft
-        self._cache: DynamicCache | None = None
+        self._kept = Kept()
 
     def __call__(
         self,
@@ -55,17 +56,20 @@ class Loop:
         *,
         put: Callable[[torch.Tensor], object],
         seeded: bool = False,
+        reuse: bool = False,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """The prompt and what was generated, [1, tokens]; ``put`` gets each token, [1], on the host.
-        ``seeded``: the very draws count, not their distribution alone. The rest is what ``generate``
-        gives its decoding methods."""
-        cache = self._cache_for(model, input_ids.shape[1] + 1)
+        ``seeded``: the very draws count, not their distribution alone. ``reuse``: what is `known` of the
+        prompt is not computed again. The rest is what ``generate`` gives its decoding methods."""
+        prompt = input_ids[0].tolist()
+        cache = self._kept.begin(model.config, prompt, reuse)
         sample = generation_config.do_sample
         state = _State(input_ids, logits_processor, stopping_criteria, sample, seeded)
         if self._speculation is not None:
-            self._speculation.begin(input_ids[0].tolist())
-        logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
+            self._speculation.begin(prompt)
+        new = input_ids[:, self._kept.found :]
+        logits = self._prefill(model, new, cache, generation_config.prefill_chunk_size)
         try:
             unread = self._choose(state, logits, cache)
             while True:
@@ -90,6 +94,20 @@ class Loop:
                 self._speculation.end()
         return state.ids
 
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many tokens at the beginning of ``prompt`` need not be computed with ``reuse``."""
+        return self._kept.known(prompt)
+
+    @property
+    def reused(self) -> int:
+        """How many tokens of the last prompt were not computed."""
+        return self._kept.found
+
+    @property
+    def capacity(self) -> int:
+        """For how many tokens it has memory, which the next prompt may use."""
+        return self._kept.capacity
+
     @property
     def _runs_ahead(self) -> bool:
         """Whether the next token is launched before this one has been read."""
@@ -100,6 +118,7 @@ class Loop:
     def _emit(self, unread: _Unread, put: Callable[[torch.Tensor], object]) -> bool:
         """Hand the token on; whether it is the last."""
         token, ended = unread.read()
+        self._kept.add(int(token))
         put(token)
         if self._speculation is not None:
             self._speculation.add(int(token))
@@ -153,28 +172,6 @@ class Loop:
         for layer in past(cache):
             layer.set_length(length + 1 + count)
         return unread
-
-    def _cache_for(self, model: Any, tokens: int) -> DynamicCache:
-        """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
-        config = model.config
-        cache = self._cache or make_cache(
-            config.num_hidden_layers,
-            tokens,
-            config.max_position_embeddings,
-            windows_of(config),
-        )
-        self._cache = cache
-        for layer in past(cache):
-            layer.reset()
-            if layer.memory is None or layer.capacity < tokens:
-                layer.memory, layer.capacity = None, rounded(tokens)
-        return cache
-
-    @property
-    def kept_tokens(self) -> int:
-        """For how many tokens it has memory, which the next prompt may use."""
-        layers = past(self._cache) if self._cache else []
-        return layers[0].capacity if layers and layers[0].memory is not None else 0
 
     def _choose(
         self,

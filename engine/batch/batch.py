@@ -29,8 +29,9 @@ SHORTAGES = (MemoryShortageError, torch.OutOfMemoryError)
 class Room(Protocol):
     """Who knows what memory there is."""
 
-    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
-        """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it."""
+    def chunk(self, tokens: int, capacity: int = 0) -> int | None:
+        """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it.
+        ``capacity``: for so many there is a KV cache already."""
 
     def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
         """Whether a KV cache of ``tokens`` more and a pass of so many rows and sequences find room.
