@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from common.errors import UsageError
 from common.log import log
+from engine.logprobs import Logprobs
 from engine.loop import Loop
 from engine.pieces import Pieces
 from engine.text import Codec
@@ -134,6 +135,7 @@ class Request:
     criteria: StoppingCriteriaList
     seed: int | None
     answer: Answer
+    logprobs: Logprobs | None
     _stream: _Stream
     _codec: Codec
 
@@ -141,8 +143,11 @@ class Request:
         """The pass over the prompt begins."""
         self._stream.begin()
 
-    def put(self, token: int) -> None:
-        """The next token. Raises Stopped if no more are wanted."""
+    def put(self, token: int, measured: list[float] | None = None) -> None:
+        """The next token, and what ``logprobs`` measured of it, if that was asked for. Raises Stopped if no
+        more are wanted."""
+        if self.logprobs is not None and measured is not None:
+            self.logprobs.told(token, measured)
         self._stream.put(torch.tensor([token]))
 
     def conclude(self, whole: bool) -> Answer:
@@ -194,6 +199,7 @@ class Generator:
         write: Callable[[str], None],
         token: Callable[[], None] = lambda: None,
         sampling: Sampling | None = None,
+        logprobs: Logprobs | None = None,
     ) -> Request:
         """As `answer`, for somebody else to generate it: what that takes. Splits no prompt."""
         ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
@@ -217,7 +223,7 @@ class Generator:
         stream = _Stream(Pieces(self._codec.decode), answer, write, token)
         return Request(
             ids, config, found["logits_processor"], found["stopping_criteria"], sampling.seed,
-            answer, stream, self._codec,
+            answer, logprobs, stream, self._codec,
         )  # fmt: skip
 
     def answer(
@@ -227,10 +233,12 @@ class Generator:
         token: Callable[[], None] = lambda: None,
         sampling: Sampling | None = None,
         reuse: bool = False,
+        logprobs: Logprobs | None = None,
     ) -> Answer:
         """Generate the answer to ``prompt``, a text or its tokens; ``write`` gets its text piece by
         piece, ``token`` is called for each token. Either may raise Stopped. ``reuse``: what the prompt has
-        in common with the text before, from its first token on, is not computed again.
+        in common with the text before, from its first token on, is not computed again. ``logprobs`` is
+        told of each token before that is written.
 
         UsageError if the prompt is empty or longer than the model's context.
         """
@@ -245,14 +253,19 @@ class Generator:
         tokens = torch.tensor([ids], device=self._model.device)
         answer = Answer()
         stream = _Stream(Pieces(self._codec.decode), answer, write, token)
+        loop = partial(
+            self._loop,
+            put=stream.put,
+            seeded=sampling.seed is not None,
+            reuse=reuse,
+            logprobs=logprobs,
+        )
         try:
             self._model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=config,
-                custom_generate=partial(
-                    self._loop, put=stream.put, seeded=sampling.seed is not None, reuse=reuse
-                ),
+                custom_generate=loop,
             )
             stream.end()
         except Stopped:

@@ -1,4 +1,4 @@
-"""Texts one after the other, which keep of the KV cache what they have in common: they are what they are alone."""
+"""Texts one after the other, which keep what they have in common in the KV cache: each is what it is alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from engine.cache import PastLayer
-from engine.generate import Answer, Generator, Sampling, Stopped
+from engine.generate import Generator, Sampling, Stopped
 from engine.loop import Loop
 from engine.text import TokenIds
 from tests import speculating
