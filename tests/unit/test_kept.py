@@ -1,4 +1,4 @@
-"""Texts one after the other, which keep what they have in common in the KV cache: each is what it is alone."""
+"""Texts one after the other, which keep in the KV cache what they share: each is what it is alone."""
 
 from __future__ import annotations
 
