@@ -59,12 +59,18 @@ def common(first: list[int], second: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def figures(it: Terminal) -> tuple[int, int]:
+    """How many tokens the last prompt had, and how many of them were kept."""
+    found = re.search(r"prompt of (\d+) tokens, (\d+) of them kept", say(it, "/stats"))
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("speculate", ["off", "lookup"])
-def test_turns_compute_only_what_is_new(room: Room, demo_store: Path, speculate: str) -> None:
+def test_turns_compute_only_what_is_new(room: Room, demo_store: Path) -> None:
     """And say what a conversation says that is told from its beginning."""
     tokens = 20  # so that answers are cut off, and the model goes on in the middle of its working
-    flags = (f"--model={demo_store}", f"--max-new-tokens={tokens}", f"--speculate={speculate}")
+    flags = (f"--model={demo_store}", f"--max-new-tokens={tokens}", "--speculate=lookup")
     messages: list[dict[str, str]] = []
     in_cache: list[int] = []
     lines = ["1.1+2.3=?", "again", "/system Be brief.", "why", "/reset", "12.5+7.25=?"]
@@ -85,12 +91,8 @@ def test_turns_compute_only_what_is_new(room: Room, demo_store: Path, speculate:
             text = demo()[0].decode(answer, skip_special_tokens=True)
             assert said == text + "\n"
             messages.append({"role": "assistant", "content": text})
-            figures = re.search(r"prompt of (\d+) tokens, (\d+) of them kept", say(it, "/stats"))
-            kept = common(in_cache, prompt)
-            assert figures is not None
-            assert (int(figures[1]), int(figures[2])) == (len(prompt), kept)
-            # x
-            in_cache = prompt + answer[:-1]
+            assert figures(it) == (len(prompt), common(in_cache, prompt))
+            in_cache = prompt + answer[:-1]  # the last was chosen, and no pass was made over it
         it.type("/exit\n")
         assert it.popen.wait() == 0
 
@@ -130,9 +132,11 @@ def test_a_conversation(room: Room, demo_store: Path, tmp_path: Path) -> None:
         assert it.popen.wait() == 0
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupt_stops_the_answer_alone(room: Room, demo_store: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
-    with terminal(room, "launch.py", "chat", f"--model={demo_store}", "--max-new-tokens=120") as it:
+    flags = (f"--model={demo_store}", "--max-new-tokens=120", "--speculate=off")
+    with terminal(room, "launch.py", "chat", *flags) as it:
         it.read_until("Ctrl-D ends")
         it.read_until("> ")
         it.type("1.1+2.3=?\n")
@@ -147,11 +151,12 @@ def test_an_interrupt_stops_the_answer_alone(room: Room, demo_store: Path, tmp_p
         assert question["content"] == "1.1+2.3=?"
         assert ANSWER.startswith(answer["content"]) and answer["content"] != ANSWER
         prompt = prompt_of([question, answer, {"role": "user", "content": "again"}])
-        text = demo()[0].decode(fresh_answer(prompt, 120), skip_special_tokens=True)
-        assert say(it, "again") == text + "\n"  # with what was kept of the one that was stopped
-        assert f"prompt of {len(prompt)} tokens, " in say(it, "/stats")
+        text = demo()[0].decode(fresh_answer(prompt, 30), skip_special_tokens=True)
+        assert say(it, "again").startswith(text)  # with what was kept of the one that was stopped
+        total, kept = figures(it)
+        assert total == len(prompt) and kept > len(prompt_of([question]))
         it.type("/exit\n")
         assert it.popen.wait() == 0
-    kept = room.path / "state" / "weight-feeder" / "chat_history"
-    assert kept.stat().st_mode & 0o777 == 0o600
-    assert kept.read_text().splitlines()[-3:] == ["again", "/stats", "/exit"]
+    lines = room.path / "state" / "weight-feeder" / "chat_history"
+    assert lines.stat().st_mode & 0o777 == 0o600
+    assert lines.read_text().splitlines()[-3:] == ["again", "/stats", "/exit"]
