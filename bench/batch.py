@@ -140,7 +140,6 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m bench.batch", description="Passes of several sequences, timed.")
     add = parser.add_argument
     add_streamed(parser)
-    add("--strategy", default="ring", help="ring streams everything")
     add("--sizes", type=_sizes, default=[1, 2, 4, 8, 16], metavar="A,B", help="sequences at once")
     add("--context", type=int, default=256, metavar="N", help="tokens of each one's prompt")
     add("--rounds", type=int, default=10, metavar="N", help="passes that are timed")

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         of = (source.store(), arguments.device, arguments.slots)
         with Fed(*of, draft=small.store()) as fed:
-            fed.swap("resident", arguments.cache)
+            fed.swap(arguments.strategy, arguments.cache)
             passes = measure_widths(fed, arguments.context, arguments.rounds)
             drafts = measure(fed, arguments.context, arguments.tokens, arguments.rounds)
     one, wide, draft = median(passes[1]), median(passes[8]), median(drafts)
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     figures = {"pass_ms": one, "pass_of_8_ms": wide, "draft_ms": draft, "share": draft / one}
     about = {
-        "model": source.name, "draft": small.name, "slots": arguments.slots,
+        "model": source.name, "draft": small.name, "strategy": arguments.strategy, "slots": arguments.slots,
         "cache": arguments.cache, "context": arguments.context, "tokens": arguments.tokens,
     }  # fmt: skip
     print(json.dumps(finish({**about, **figures}, arguments.output)))

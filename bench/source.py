@@ -23,6 +23,7 @@ def add_streamed(parser: Parser) -> None:
     parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument("--cache", default="16", metavar="N|SIZE")
+    parser.add_argument("--strategy", default="ring", help="ring streams everything")
     parser.add_argument("--slots", default="packed", choices=("packed", "dequantized"))
 
 

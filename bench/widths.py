@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {getattr(arguments, name)}: expected at least {lowest}")
     with Source(arguments.store, arguments.shape, torch.cuda.is_available()) as source:
         with Fed(source.store(), arguments.device, arguments.slots) as fed:
-            fed.swap("resident", arguments.cache)
+            fed.swap(arguments.strategy, arguments.cache)
             found = measure(fed, arguments.context, arguments.rounds)
         one = median(found[1])
         for width, ms in found.items():
@@ -76,7 +76,12 @@ def run(arguments: argparse.Namespace) -> None:
         figures = {
             width: {"ms": median(ms), "ratio": median(ms) / one} for width, ms in found.items()
         }
-        about = {"model": source.name, "slots": arguments.slots, "cache": arguments.cache}
+        about = {
+            "model": source.name,
+            "strategy": arguments.strategy,
+            "slots": arguments.slots,
+            "cache": arguments.cache,
+        }
         result = {**about, "context": arguments.context, "widths": figures}
         print(json.dumps(finish(result, arguments.output)))
 

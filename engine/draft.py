@@ -19,6 +19,7 @@ from common.errors import PeerError
 from common.footprint import PASS_STEP
 from common.log import log
 from common.memory import Memory
+from common.shortages import shortages
 from common.store import Store
 from engine.cache import make_cache, past, reserve, windows_of
 from engine.client import NotLent, WeightClient
@@ -105,7 +106,8 @@ class Draft:
             return Drafted()
         full = False
         try:
-            return self._propose(ids, text, count, choose)
+            with shortages():
+                return self._propose(ids, text, count, choose)
         except NotLent:
             self._cache, self._read = None, []
             self._usable()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from common.shortages import shortages
 from engine.acceptance import draw
 from engine.cache import past, reserve
 from engine.draft import Draft, Drafted
@@ -194,7 +195,8 @@ class Loop:
 
         def attempt() -> Any:
             try:
-                return call()
+                with shortages():
+                    return call()
             except torch.OutOfMemoryError:
                 if self._step is not None:
                     self._step.rest()

@@ -27,6 +27,7 @@ from common.footprint import (
 )
 from common.log import log
 from common.memory import Memory
+from common.shortages import shortages
 from engine.cache import PastLayer
 from engine.client import WeightClient
 
@@ -89,7 +90,8 @@ class MemoryKeeper:
         attempt = 0
         while True:
             try:
-                return call()
+                with shortages():
+                    return call()
             except torch.OutOfMemoryError as error:
                 reason = str(error)
             # Not in the except clause: until it ends, the traceback holds the tensors of the pass.

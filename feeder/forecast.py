@@ -13,15 +13,13 @@ from common.plan import Capacity, Plan
 from common.quality import Quality
 from feeder.measure import Measured
 from feeder.scheduler import Scheduler
-from feeder.simulation import ENGINE_US, Hardware, Simulation, Steady, Traffic
+from feeder.simulation import Hardware, Simulation, Steady, Traffic, engine_us
 from feeder.strategies.base import Strategy
 from feeder.topology import PcieLink
 
 PROMPTS = (16, 512, 4096)  # tokens
 #: Host time of one small operation where ENGINE_US was measured; other hosts are scaled by it.
 LAUNCH_US = {"cuda": 5.0, "cpu": 2.6}
-#: The fused step's: five launches and seven weights a layer. An estimate, not yet measured by itself.
-STEP_US = 60.0
 #: The engine's host time for a weight on the CPU, where a launch is also the work.
 ENGINE_CPU_US = 135.0
 #: The first prompt loads kernels: on an H100 it took so much longer than a pass.
@@ -48,6 +46,12 @@ class Subject:
     beside: str = ""  # what both processes take of the device beside the slots, part by part
     copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
     draft: Draft | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether every weight has a slot of its own."""
+        capacity = self.capacity
+        return capacity.count >= len(self.plan) and capacity.size_bytes >= sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,16 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
     """The simulation's figures of this machine. Only where it was measured. ``subject``: what runs."""
     measured = around.measured
     assert measured is not None
-    engine_us = ENGINE_US if around.device == "cuda" else ENGINE_CPU_US
-    if around.device == "cuda" and subject is not None and not any(subject.traffic.moved):
-        everything = subject.capacity.count >= len(subject.plan)
-        everything &= subject.capacity.size_bytes >= sum(subject.sizes)
-        engine_us = 0.0 if everything else STEP_US  # one launch for all: a CUDA graph
+    host_us = ENGINE_CPU_US
+    if around.device == "cuda":
+        packed = subject is not None and not any(subject.traffic.moved)
+        host_us = engine_us(packed, subject is not None and subject.stays)
     slower = measured.launch_s * 1e6 / LAUNCH_US[around.device]
     return Hardware(
         link=measured.link,
         device=measured.device,
         matmul=measured.matmul,
-        engine_s=engine_us * 1e-6 * slower,
+        engine_s=host_us * 1e-6 * slower,
         staging_bytes=staging_bytes,
         dequantize=measured.dequantize,
     )

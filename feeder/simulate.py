@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,12 @@ from feeder.arena import aligned
 from feeder.budget import Request
 from feeder.scheduler import Scheduler
 from feeder.simulation import (
-    ENGINE_US,
     HANDOVER_US,
     STAGING_BYTES,
     Hardware,
     Simulation,
     Traffic,
+    engine_us,
 )
 from feeder.strategies.registry import make_strategy
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   python -m feeder simulate --shape qwen2.5-32b --link 25 --device-bandwidth 900 --sweep
-  python -m feeder simulate --shape STORE --slots packed --link 55 --device-bandwidth 3000
+  python -m feeder simulate --shape STORE --slots dequantized --link 55 --device-bandwidth 3000
 """
 
 SLOT_BYTES = 2  # an element of a bf16 slot
@@ -66,9 +66,11 @@ def predict(
     strategy: str,
     hardware: Hardware,
     packed_slots: Collection[int] = (),
+    host_us: float | None = None,
 ) -> Prediction:
     """What ``strategy`` comes to in the steady state. ``elements``: of each weight; ``packed_slots``:
-    those that are not dequantized in their slots."""
+    those that are not dequantized in their slots; ``host_us``: of the engine for each weight, in place of
+    the hardware's; None for what it takes as a rule."""
     chosen = make_strategy(strategy)
     capacity, _ = request.capacity(chosen, 1 << 62)
     size_bytes, copies = capacity.size_bytes, frozenset[int]()
@@ -82,7 +84,11 @@ def predict(
         request.plan, request.sizes, capacity, chosen,
         copies=copies, link_bytes=list(traffic.packed),
     )  # fmt: skip
-    simulation = Simulation(scheduler, traffic, hardware)
+    if host_us is None:
+        stays = capacity.count >= len(request.plan) and capacity.size_bytes >= sum(request.sizes)
+        host_us = engine_us(bool(packed_slots), stays)
+    machine = replace(hardware, engine_s=host_us * 1e-6)
+    simulation = Simulation(scheduler, traffic, machine)
     simulation.attach()
     found = simulation.steady()
     return Prediction(1000 * found.seconds, found.hits, found.streamed_bytes, size_bytes)
@@ -111,8 +117,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     hardware = Hardware(
         arguments.link * 1e9,
         arguments.device_bandwidth * 1e9,
-        arguments.engine_us * 1e-6,
-        arguments.handover_us * 1e-6,
+        handover_s=arguments.handover_us * 1e-6,
         staging_bytes=_staging(arguments.staging),
     )
     caches = [arguments.cache]
@@ -127,7 +132,9 @@ def simulate(arguments: argparse.Namespace) -> None:
     rows = []
     for cache in caches:
         request = Request(plan, sizes, names, Cache.parse(cache))
-        found = predict(request, elements, arguments.strategy, hardware, packed_slots)
+        found = predict(
+            request, elements, arguments.strategy, hardware, packed_slots, arguments.engine_us
+        )
         rows.append((cache, found))
         print(
             f"{cache:>8} {format_bytes(found.arena_bytes):>8} {100 * found.hits:7.1f} %"
@@ -143,7 +150,8 @@ def _check(arguments: argparse.Namespace) -> None:
         flag = f"--{name.replace('_', '-')} {value}"
         if name in ("link", "device_bandwidth") and not 0 < value < math.inf:
             raise UsageError(f"{flag}: expected above 0 GB/s, and finite")
-        if name in ("engine_us", "handover_us") and not 0 <= value < math.inf:
+        host = name == "handover_us" or (name == "engine_us" and value is not None)
+        if host and not 0 <= value < math.inf:
             raise UsageError(f"{flag}: expected at least 0, and finite")
     Cache.parse(arguments.cache)
     make_strategy(arguments.strategy)
@@ -201,14 +209,14 @@ def make_parser() -> Parser:
         "--strategy", default="resident", metavar="NAME|FILE:CLASS", help="default: resident"
     )
     parser.add_argument("--cache", default="128", metavar="N|SIZE", help="default: 128")
-    parser.add_argument("--slots", default=DEQUANTIZED, choices=FORMATS, help="what slots hold")
+    parser.add_argument("--slots", default=PACKED, choices=FORMATS, help="default: packed")
     parser.add_argument(
         "--link", type=float, required=True, metavar="GB/S", help="of the host-to-device copy"
     )
     parser.add_argument(
         "--device-bandwidth", type=float, required=True, metavar="GB/S", help="of its memory"
     )
-    parser.add_argument("--engine-us", type=float, default=ENGINE_US, help="host time a weight")
+    parser.add_argument("--engine-us", type=float, help="host time a weight; default: by slots")
     parser.add_argument("--handover-us", type=float, default=HANDOVER_US, help="message latency")
     parser.add_argument(
         "--staging", default=f"{STAGING_BYTES}B", metavar="SIZE",

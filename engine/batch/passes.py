@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from common.shortages import shortages
 from engine.batch.attention import Company, Part, taking_turns
 from engine.cache import reserve
 from engine.linear import FedLinear
@@ -86,7 +87,8 @@ class Passes:
 
         def attempt() -> Any:
             try:
-                return call()
+                with shortages():
+                    return call()
             except torch.OutOfMemoryError:
                 self.rest()
                 raise

@@ -35,17 +35,21 @@ from tests.processes import Room
 TOKENS = 24
 PROMPT = " ".join(str(7 * i % 320) for i in range(40))
 WORDS = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 1 GiB"
+#: What lies outside torch's allocator says it with another error.
+BLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
 @contextmanager
-def runs_out(module: nn.Module, *calls: int) -> Iterator[list[int]]:
+def runs_out(
+    module: nn.Module, *calls: int, error: RuntimeError | None = None
+) -> Iterator[list[int]]:
     """``module`` runs out of memory at these of its calls, after it has done its work."""
     made: list[int] = []
 
     def hook(*_: object) -> None:
         made.append(len(made))
         if made[-1] in calls:
-            raise torch.OutOfMemoryError(WORDS)
+            raise error or torch.OutOfMemoryError(WORDS)
 
     handle = module.register_forward_hook(hook)
     try:
@@ -120,10 +124,15 @@ def test_packed_slots_make_room_too(room: Room, tmp_path: Path) -> None:
         expected = generate(engine, model, keeper).ids
         before = lives.status(room)["arena_bytes"]
         assert before < sum(entry.elements for entry in engine.store.weights)  # they are packed
-        with runs_out(attention(2)(model), 0):
+        with runs_out(attention(2)(model), 0, error=BLAS):
             found = generate(engine, model, keeper).ids
         assert found == expected
         assert lives.status(room)["arena_bytes"] < before // 4
+        with (
+            runs_out(attention(2)(model), 0, error=RuntimeError("an illegal memory access")),
+            pytest.raises(RuntimeError, match="illegal memory access"),
+        ):
+            generate(engine, model, keeper)  # no lack of memory: nobody tries again
 
 
 @pytest.mark.parametrize("tokens", [1, 250], ids=["no growth", "as it grows"])
