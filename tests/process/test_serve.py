@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +142,24 @@ def test_refused(serving: Serving, name: str) -> None:
     assert message in error["message"] and error["type"] == "invalid_request_error"
 
 
+@cache
+def demo() -> tuple[Any, Any]:
+    """Tokenizer and plain model."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    return tokenizer, reference_model(DEMO, torch.float32)
+
+
 def likelihoods(prompt: str, text: str) -> tuple[list[str], torch.Tensor]:
     """The tokens of ``text``, and the plain model's log probabilities of all tokens at their places."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    tokenizer, model = demo()
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    model = reference_model(DEMO, torch.float32)
     with torch.inference_mode():
         logits = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
     return tokenizer.batch_decode([[token] for token in ids]), torch.log_softmax(logits, -1)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_logprobs_of_a_chat(serving: Serving) -> None:
     """Of the model's own distribution, whatever the sampling; a stream says the same."""
     asked: Any = {
@@ -185,6 +193,7 @@ def test_logprobs_of_a_chat(serving: Serving) -> None:
     assert [one.top_logprobs for one in without.choices[0].logprobs.content] == [[]] * len(tokens)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_logprobs_of_a_completion(serving: Serving) -> None:
     client = serving.client()
     asked: Any = {"model": "store", "prompt": SUM.prompt, "logprobs": 5, "max_tokens": 25}
