@@ -3,6 +3,8 @@
 python -m bench.kernels tune [--output FILE]     the fastest cut of each product, by trying all
 python -m bench.kernels table [--output FILE]    time and share of memory bandwidth, tinygemm and cuBLAS
 
+--products "k,q k v" takes some of them only, --tokens 1,4 some numbers of tokens.
+
 Each product is timed inside a CUDA graph that goes through copies of the weight larger than the L2
 cache, so that weights come from memory and the host's launches do not count.
 """
@@ -31,8 +33,10 @@ from engine.packed_weight import Packed
 from engine.w4a16 import (
     Epilogue,
     OneTokenCut,
+    RingCut,
     Scratch,
     TokensCut,
+    dependent_launch,
     multiply_one,
     multiply_tokens,
     spread,
@@ -89,25 +93,41 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
     return min(times[1:])
 
 
-Cut = OneTokenCut | TokensCut
+Cut = OneTokenCut | RingCut | TokensCut
+
+
+#: Stages, programs on a multiprocessor, registers: as many as fit, and fewer with a longer ring.
+RINGS = (
+    (3, 13, 128),
+    (3, 12, 128),
+    (3, 10, 128),
+    (3, 8, 128),
+    (4, 9, 144),
+    (4, 8, 144),
+    (2, 13, 152),
+)
 
 
 def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     """What is tried."""
     total = sum(rows)
     if tokens == 1:
+        for stages, programs, registers in RINGS:
+            yield RingCut(8, stages, programs, registers)
         tried = itertools.product((4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 4, 8))
         for tile, runs, warps, split in tried:
             words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile
             programs = total // (2 * tile) * split
             if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
-                yield OneTokenCut(tile, runs, split, warps)
+                yield OneTokenCut(tile, runs, split, warps, merged=True)
         return
-    parts = tokens_cut(tuple(rows), columns).parts  # the order of sums is not for tuning
-    for size, warps, stages, split in itertools.product(
-        (32, 64, 128), (2, 4), (3, 4, 6), (False, True)
+    chosen = tokens_cut(tuple(rows), columns).parts
+    # The order of sums follows from the parts: more of them are for all products of these columns, or none.
+    for size, warps, stages, split, parts in itertools.product(
+        (16, 32, 64, 128), (1, 2, 4), (3, 4, 6), (False, True), (chosen, 2 * chosen)
     ):
-        if 264 <= total // size * (parts if split else 1) <= 8000:
+        programs = total // size * (parts if split else 1)
+        if size >= 16 * warps and 128 <= programs <= 8000 and (split or parts == chosen):
             yield TokensCut(size, parts, split, warps, stages)
 
 
@@ -117,8 +137,8 @@ def product(
 ) -> None:  # fmt: skip
     """One launch."""
     if tokens == 1:
-        assert cut is None or isinstance(cut, OneTokenCut)
-        pdl = torch.cuda.get_device_capability()[0] >= 9
+        assert not isinstance(cut, TokensCut)
+        pdl = dependent_launch(planes.device)
         multiply_one(planes, weights, None, y, scratch, Epilogue(pdl=pdl), cut)
     else:
         assert cut is None or isinstance(cut, TokensCut)
@@ -129,14 +149,25 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fastest few of each product. Children compile first, in parallel, into Triton's cache."""
     total = os.cpu_count() or 1
     children = [
-        subprocess.Popen([sys.executable, "-m", "bench.kernels", "compile", f"--share={i}/{total}"])
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "bench.kernels",
+                "compile",
+                f"--share={i}/{total}",
+                f"--products={','.join(arguments.products)}",
+                f"--tokens={','.join(map(str, arguments.tokens))}",
+            ]
+        )
         for i in range(total)
     ]
     for child in children:
         child.wait()
     print("compiled", time.strftime("%X"), file=sys.stderr, flush=True)
     found: dict[str, Any] = {}
-    for name, (rows, columns) in SHAPES.items():
+    for name in arguments.products:
+        rows, columns = SHAPES[name]
         size = sum(packed_bytes(n * columns) for n in rows)
         copies = [make(rows, columns) for _ in range(max(2, min(40, COLD_BYTES // size)))]
         for tokens in arguments.tokens:
@@ -169,7 +200,7 @@ def compile_share(arguments: argparse.Namespace) -> None:
     """Run a share of all configurations once."""
     index, total = map(int, arguments.share.split("/"))
     work, seen = [], set()
-    for rows, columns in SHAPES.values():
+    for rows, columns in (SHAPES[name] for name in arguments.products):
         for tokens in arguments.tokens:
             for cut in cuts(tokens, rows, columns):
                 key = (tokens == 1, len(rows), cut)
@@ -196,7 +227,8 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Ours with the configurations that are chosen, tinygemm, and cuBLAS in bf16."""
     bandwidth = device_bytes_per_s(torch.device("cuda"))
     rows_found = []
-    for name, (rows, columns) in SHAPES.items():
+    for name in arguments.products:
+        rows, columns = SHAPES[name]
         total = sum(rows)
         size = sum(packed_bytes(n * columns) for n in rows)
         count = max(2, min(40, COLD_BYTES // size))
@@ -227,6 +259,16 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"device_bytes_per_s": bandwidth, "products": rows_found}
 
 
+def products(text: str) -> list[str]:
+    """Some of SHAPES, by name; argparse says what is wrong."""
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        known = ", ".join(SHAPES)
+        raise argparse.ArgumentTypeError(f"no product {unknown[0]!r}: expected some of {known}")
+    return names
+
+
 def tinygemm_operands(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Operands of torch's own ``_weight_int4pack_mm``: blocks of 128, scales and zeros in bf16."""
     codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
@@ -243,6 +285,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tokens", type=lambda t: [int(n) for n in t.split(",")], default=list(TOKENS)
     )
+    parser.add_argument("--products", type=products, default=list(SHAPES))
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--output")
     chosen = parser.parse_args()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from math import gcd
 
-from engine.w4a16 import OneTokenCut, TokensCut
+from engine.w4a16 import OneTokenCut, RingCut, TokensCut
 
 MANY = 4000  # programs: so many that larger ones pay
 FEW = 640
@@ -17,7 +17,7 @@ RUNS = 4  # of a turn of the one-token kernel: 512 elements
 
 
 @cache
-def one_token_cut(rows: tuple[int, ...], columns: int) -> OneTokenCut:
+def one_token_cut(rows: tuple[int, ...], columns: int) -> OneTokenCut | RingCut:
     """For one token, weights of so many ``rows``, and ``columns``.
 
     Eight rows a tile and four runs a turn make a short program that reads 256 bytes of a row at once;

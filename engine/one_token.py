@@ -30,23 +30,32 @@ GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 
 @triton.jit
-def _pair(word, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two codes of each word as floats: 136 + the low one, and what `spread_kernel` says of the high one."""
-    pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308  # two bf16: 128 + (code + 8)
+def _pair(word, SHIFT: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two codes of each word as floats: 136 + the low one, and what `_spread` says of the high one."""
+    # Two bf16: 128 + (code + 8). Both operations are one instruction, which compilers do not find.
+    if ASM:
+        pair = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000F000F, 0x43084308, 0x6A;", "=r,r", [word >> SHIFT],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        pair = ((word >> SHIFT) & 0x000F000F) ^ 0x43084308
     return (pair << 16).to(tl.float32, bitcast=True), pair.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _eight(word, x0, x1, x2, x3, x4, x5, x6, x7, x8):  # type: ignore[no-untyped-def]
+def _eight(  # type: ignore[no-untyped-def]
+    word, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM: tl.constexpr
+):
     """The eight codes of each word times their elements of x. A word's bytes come lowest first, in each
     the odd element low: nibble j is element j ^ 1, and nibbles j and j + 4 are taken together."""
-    low, high = _pair(word, 0)
+    low, high = _pair(word, 0, ASM)
     product = tl.fma(high, x5, tl.fma(low, x1, -x8))
-    low, high = _pair(word, 4)
+    low, high = _pair(word, 4, ASM)
     product = tl.fma(high, x4, tl.fma(low, x0, product))
-    low, high = _pair(word, 8)
+    low, high = _pair(word, 8, ASM)
     product = tl.fma(high, x7, tl.fma(low, x3, product))
-    low, high = _pair(word, 12)
+    low, high = _pair(word, 12, ASM)
     return tl.fma(high, x6, tl.fma(low, x2, product))
 
 
@@ -127,6 +136,14 @@ def place(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def factor_of(sums, sum_count, K, eps, SUMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a norm multiplies all of x with, from the parts of the sum of its squares."""
+    index = tl.arange(0, SUMS)
+    squares = tl.sum(tl.load(sums + index, mask=index < sum_count, other=0.0), 0)
+    return tl.rsqrt(squares / K + eps)
+
+
+@triton.jit
 def _end(  # type: ignore[no-untyped-def]
     a, b, row, total, K, bias, y, sums, sum_count, eps, hidden, norm, next_planes, next_sums, pid,
     TILE: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
@@ -134,9 +151,7 @@ def _end(  # type: ignore[no-untyped-def]
     """What is done with the finished rows, a [TILE] and b [TILE]."""
     rows = row + tl.arange(0, TILE)
     if NORM:
-        index = tl.arange(0, SUMS)
-        squares = tl.sum(tl.load(sums + index, mask=index < sum_count, other=0.0), 0)
-        factor = tl.rsqrt(squares / K + eps)
+        factor = factor_of(sums, sum_count, K, eps, SUMS)
         a, b = a * factor, b * factor
     if MODE == GLU:
         _spread(a * tl.sigmoid(a) * b, row, next_planes, total // 8, TILE)
@@ -164,7 +179,7 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
     TILE: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies two tiles of TILE rows with its part of K, RUNS runs of RUN (64 or 128) at a
     time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights. EVEN: K is a
@@ -230,8 +245,8 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
             factor_a0.to(tl.float32)[:, :, None],
             factor_b0.to(tl.float32)[:, :, None],
         )
-        acc_a = tl.fma(_eight(a0, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_a, acc_a)
-        acc_b = tl.fma(_eight(b0, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_b, acc_b)
+        acc_a = tl.fma(_eight(a0, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_a, acc_a)
+        acc_b = tl.fma(_eight(b0, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_b, acc_b)
         a0, factor_a0 = _codes(words_a, scales_a, first_a, run + 2 * RUNS, runs, RUN)
         b0, factor_b0 = _codes(words_b, scales_b, first_b, run + 2 * RUNS, runs, RUN)
         x0, x1, x2, x3, x4, x5, x6, x7, x8 = _planes(planes, run + RUNS, stride, RUN, EVEN)
@@ -239,8 +254,8 @@ def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
             factor_a1.to(tl.float32)[:, :, None],
             factor_b1.to(tl.float32)[:, :, None],
         )
-        acc_a = tl.fma(_eight(a1, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_a, acc_a)
-        acc_b = tl.fma(_eight(b1, x0, x1, x2, x3, x4, x5, x6, x7, x8), scaled_b, acc_b)
+        acc_a = tl.fma(_eight(a1, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_a, acc_a)
+        acc_b = tl.fma(_eight(b1, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_b, acc_b)
         a1, factor_a1 = _codes(words_a, scales_a, first_a, run + 3 * RUNS, runs, RUN)
         b1, factor_b1 = _codes(words_b, scales_b, first_b, run + 3 * RUNS, runs, RUN)
         run += 2 * RUNS

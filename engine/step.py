@@ -35,7 +35,7 @@ from engine.one_token import (
     combine_kernel,
     glu_kernel,
 )
-from engine.w4a16 import Epilogue, Scratch, multiply_one
+from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
@@ -106,7 +106,7 @@ class Step:
         self._head = model.lm_head
         if isinstance(self._head, FedLinear):
             self._linears.append(self._head)
-        self._pdl = torch.cuda.get_device_capability(device)[0] >= 9
+        self._pdl = dependent_launch(device)
         self._scratch = Scratch(device)
         hidden, inner = config.hidden_size, config.intermediate_size
         width = self._heads * self._dim
@@ -366,8 +366,9 @@ class Step:
         for group in groups:
             rows = tuple(linear.out_features for linear in group)
             for some in (rows, *((count,) for count in rows)):
-                cut = one_token_cut(some, group[0].in_features)
-                self._scratch.hold(cut.split * sum(some), sum(some))
+                columns = group[0].in_features
+                cut = one_token_cut(some, columns)
+                self._scratch.hold(cut.parts(columns) * sum(some), sum(some))
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)

@@ -9,10 +9,12 @@ elements apart, so that no code has to change its lane. Knows no slots and no so
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
@@ -20,6 +22,7 @@ from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed_weight import Packed
+from engine.ring import UNIT, ring_kernel
 
 MAX_WEIGHTS = 3
 
@@ -33,6 +36,27 @@ class OneTokenCut:
     runs: int
     split: int
     warps: int
+    merged: bool = False  # whether codes are unpacked by instructions chosen by hand
+
+    def parts(self, columns: int) -> int:
+        """How many sums of a row need scratch memory."""
+        return self.split
+
+
+@dataclass(frozen=True)
+class RingCut:
+    """How the product of one token is shared among programs that stay: a unit is two tiles of ``tile``
+    rows by 1024 of K; ``stages`` of the ring, of which all but one hold units; programs on a
+    multiprocessor at most, and registers of a thread."""
+
+    tile: int = 8
+    stages: int = 3
+    per_processor: int = 12
+    registers: int = 128
+
+    def parts(self, columns: int) -> int:
+        """How many sums of a row need scratch memory."""
+        return -(-columns // UNIT)
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     planes, pairs, scales, bias, y, parts, counters,
     code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K, tokens,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr,
-    TOKENS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies ROWS rows with its part of K for all tokens, a run at a time. What is summed
     in which order depends on K alone: K has PARTS parts, SPLIT is 1 or PARTS.
@@ -162,6 +186,9 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
     if SPLIT > 1:
         first, last = part * per_part, min((part + 1) * per_part, runs)
     factor = tl.load(scales + scale + ((first_run + tl.minimum(first, runs - 1)) * RUN) // 128)
+    if PDL:
+        gdc_wait()  # from here on what the kernel before has written is read, or overwritten
+        gdc_launch_dependents()
     for run in range(first, last):
         data = tl.load(at + run * HALF)
         # The next run's, so that nobody waits for it.
@@ -223,10 +250,6 @@ class Epilogue:
     planes: torch.Tensor | None = None
     next_sums: torch.Tensor | None = None
     pdl: bool = False
-    warm: tuple[int, int] = (
-        0,
-        0,
-    )  # an address, and how many bytes a later product reads from there on
 
 
 NONE = Epilogue()
@@ -275,15 +298,17 @@ def multiply_one(
     y: torch.Tensor | None,
     scratch: Scratch,
     epilogue: Epilogue = NONE,
-    cut: OneTokenCut | None = None,
+    cut: OneTokenCut | RingCut | None = None,
 ) -> int:
     """One token's products. planes: fp32 [9, K / 8], see `spread`; y: any floating dtype, N of all
-    elements, for PLAIN. Returns how many programs ran, which is how many sums RESIDUAL wrote."""
+    elements, for PLAIN. Returns how many sums RESIDUAL wrote."""
     from engine.cuts import one_token_cut
 
     rows, columns, total, run, places = _places(weights, 4)
     glu = epilogue.mode == int(one_token.GLU)
     cut = cut or one_token_cut(tuple(rows), columns)
+    if isinstance(cut, RingCut):
+        return _ring(planes, weights, bias, y, scratch, epilogue, cut)
     programs = rows[0] // cut.tile if glu else total // (2 * cut.tile)
     if cut.split > 1:
         scratch.hold(cut.split * total, programs)
@@ -298,10 +323,56 @@ def multiply_one(
         TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
         MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl,
+        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, ASM=cut.merged and not interpreted(),
         num_warps=cut.warps, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return programs
+
+
+def _ring(
+    planes: torch.Tensor,
+    weights: list[Packed],
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    scratch: Scratch,
+    epilogue: Epilogue,
+    cut: RingCut,
+) -> int:
+    rows, columns, total, run, places = _places(weights, 4)
+    glu = epilogue.mode == int(one_token.GLU)
+    tiles = rows[0] // cut.tile if glu else total // (2 * cut.tile)
+    units = triton.cdiv(columns, UNIT)
+    scratch.hold(units * total, tiles)
+    sums = epilogue.sums
+    unused = scratch.parts if y is None else y
+    programs = min(cut.per_processor * processors(planes.device), tiles * units)
+    ring_kernel[(programs,)](
+        planes, weights[0].codes.view(torch.int32), weights[0].scales,
+        bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
+        *places, rows[0] if glu else total, columns, tiles,
+        sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
+        epilogue.planes, epilogue.next_sums,
+        TILE=cut.tile, RUNS=UNIT // run, UNITS=units, STAGES=cut.stages, BIAS=bias is not None,
+        RUN=run, MODE=epilogue.mode, NORM=sums is not None,
+        SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
+        PDL=epilogue.pdl, ASM=not interpreted(),
+        num_warps=1, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
+    )  # fmt: skip
+    return tiles
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has."""
+    if device.type != "cuda":
+        return 4  # of the interpreter, which has none
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may begin on a device before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def multiply_tokens(
@@ -326,7 +397,8 @@ def multiply_tokens(
         bias if bias is not None else y, y, scratch.parts, scratch.counters,
         *places, total, columns, tokens,
         ROWS=cut.rows, SPLIT=split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
-        ASM=not interpreted(), PARTS=cut.parts, num_warps=cut.warps, num_stages=cut.stages,
+        ASM=not interpreted(), PARTS=cut.parts, PDL=dependent_launch(planes.device),
+        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=dependent_launch(planes.device),
     )  # fmt: skip
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from engine.w4a16 import (
+    Epilogue,
     OneTokenCut,
+    RingCut,
     Scratch,
     TokensCut,
+    dependent_launch,
     multiply,
     multiply_one,
     multiply_tokens,
@@ -31,27 +34,54 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
     scratch = Scratch(x.device)
     assert error_of(multiply(x, weights, bias, scratch), expected) < torch.finfo(dtype).eps
     planes = spread(x)
-    one = [OneTokenCut(16, 4, 1, 4), OneTokenCut(16, 2, 3, 4), OneTokenCut(32, 2, 8, 4)]
+    one = [
+        OneTokenCut(16, 4, 1, 4),
+        OneTokenCut(16, 2, 3, 4, merged=True),
+        OneTokenCut(32, 2, 8, 4),
+        RingCut(8, 3, 12, 128),
+        RingCut(8, 4, 3, 128),
+        RingCut(8, 2, 100, 128),
+    ]
     several = [
         TokensCut(32, 2, False, 2, 3),
         TokensCut(64, 2, True, 4, 4),
         TokensCut(64, 8, True, 4, 3),
     ]
     for cut in one if tokens == 1 else several:
-        rows_of_program = 2 * cut.tile if isinstance(cut, OneTokenCut) else cut.rows
+        rows_of_program = cut.rows if isinstance(cut, TokensCut) else 2 * cut.tile
         if any(count % rows_of_program for count in rows):
             continue
         found = []
         for _ in range(4):
             y = torch.full((tokens, sum(rows)), torch.nan, dtype=torch.float32, device="cuda")
-            if isinstance(cut, OneTokenCut):
-                multiply_one(planes, weights, bias, y, scratch, cut=cut)
-            else:
+            if isinstance(cut, TokensCut):
                 multiply_tokens(planes, tokens, weights, bias, y, scratch, cut)
+            else:
+                multiply_one(planes, weights, bias, y, scratch, cut=cut)
             found.append(y)
         assert error_of(found[0], expected) < 1e-5, cut  # accumulated in fp32
         # The parts are added in one order, and the counters are left at zero.
         assert all(torch.equal(found[0], again) for again in found[1:]), cut
+
+
+@pytest.mark.parametrize("rows, columns", [([5120, 1024, 1024], 5120), ([192, 64, 64], 192)])
+def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -> None:
+    """Weights that share x give the same bits together and one by one, whatever the number of programs,
+    also while a kernel begins before the one before it has ended."""
+    weights, _ = pack_side_by_side(rows, columns, "cuda", seed=columns)
+    x = torch.randn(1, columns, device="cuda").bfloat16()
+    scratch, pdl = Scratch(x.device), Epilogue(pdl=dependent_launch(x.device))
+    planes = spread(x)
+    y = torch.empty(sum(rows), device="cuda")
+    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 128))
+    for programs in (12, 4, 1, 100):
+        again, alone = torch.full_like(y, torch.nan), torch.full_like(y, torch.nan)
+        cut = RingCut(8, 3, programs, 128)
+        multiply_one(planes, weights, None, again, scratch, pdl, cut)
+        for weight, part in zip(weights, alone.split(rows), strict=True):
+            multiply_one(planes, [weight], None, part, scratch, pdl, cut)
+        assert torch.equal(again, y) and torch.equal(alone, y), programs
+    assert not scratch.counters.any()
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:

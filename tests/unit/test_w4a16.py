@@ -31,6 +31,7 @@ from engine.packed_weight import Packed
 from engine.w4a16 import (
     Epilogue,
     OneTokenCut,
+    RingCut,
     Scratch,
     TokensCut,
     multiply,
@@ -86,6 +87,34 @@ def one_token() -> int:
         multiply_one(spread(x), weights, bias, y, scratch, cut=cut)
         close(y, expected, ("one token", columns, rows, cut))
         assert not scratch.counters.any()  # ready for the next product
+        checked += 1
+    return checked
+
+
+def ring() -> int:
+    """The same by programs that stay. On the CPU there are 4 times as many as the cut says: 4 have several
+    tiles each, 20 share them, and of 4000 each has one unit."""
+    checked = 0
+    for columns, rows in ((64, [32]), (192, [16, 32]), (1024, [32, 16, 16]), (2240, [32, 16, 16])):
+        weights, dense = pack_side_by_side(rows, columns, "cpu", seed=columns + 1)
+        x = normal(1, columns, seed=15).bfloat16()
+        bias = normal(sum(rows), seed=16).bfloat16()
+        expected = (x.double() @ dense.double().T)[0] + bias.double()
+        scratch, planes, found = Scratch(CPU), spread(x), []
+        for programs in (1, 5, 1000):
+            y = torch.full((sum(rows),), torch.nan)
+            multiply_one(planes, weights, bias, y, scratch, cut=RingCut(8, 3, programs))
+            assert not scratch.counters.any()  # ready for the next product
+            found.append(y)
+        close(found[0], expected, ("ring", columns, rows))
+        alone = []
+        for weight, part in zip(weights, bias.split(rows), strict=True):
+            y = torch.full((weight.shape[0],), torch.nan)
+            multiply_one(planes, [weight], part, y, scratch, cut=RingCut(8, 2, 2))
+            alone.append(y)
+        # Neither how many programs there were shows, nor what was multiplied together.
+        for other in (*found[1:], torch.cat(alone)):
+            assert torch.equal(other, found[0]), (columns, rows)
         checked += 1
     return checked
 
@@ -150,38 +179,15 @@ def chosen_cuts() -> int:
 def epilogues() -> int:
     """What follows a product of one token in the same launch."""
     checked = 0
-    for columns, rows, split in ((192, 64, 1), (320, 48, 3), (64, 128, 2)):
-        weights, dense = pack_side_by_side([rows, rows], columns, "cpu", seed=rows)
-        first, second = dense.double().split(rows)
-        x = normal(columns, seed=8)
-        sums = x.square().view(-1, 16).sum(1)
-        factor = torch.rsqrt(x.double().square().mean() + EPS)
-        cut, scratch = OneTokenCut(8, 2, split, 4), Scratch(CPU)
-
-        y, bias = torch.full((2 * rows,), torch.nan), normal(2 * rows, seed=9).bfloat16()
-        normed = Epilogue(int(PLAIN), sums, EPS)
-        multiply_one(spread(x[None]), weights, bias, y, scratch, normed, cut)
-        expected = dense.double() @ (x.double() * factor) + bias.double()
-        close(y, expected, ("norm", columns, split))
-
-        planes = torch.full((9, rows // 8), torch.nan)
-        gated = Epilogue(int(GLU), sums, EPS, planes=planes)
-        multiply_one(spread(x[None]), weights, None, None, scratch, gated, cut)
-        a, b = first @ (x.double() * factor), second @ (x.double() * factor)
-        same_planes(planes, silu(a) * b, ("gated", columns, split))
-
-        hidden, norm = normal(rows, seed=10), normal(rows, seed=11).bfloat16()
-        expected = hidden.double() + first @ x.double()
-        planes, next_sums = torch.full((9, rows // 8), torch.nan), torch.full((rows,), torch.nan)
-        added = Epilogue(
-            int(RESIDUAL), hidden=hidden, norm=norm, planes=planes, next_sums=next_sums
-        )
-        count = multiply_one(spread(x[None]), weights[:1], None, None, scratch, added, cut)
-        close(hidden, expected, ("residual", columns, split))
-        same_planes(planes, expected * norm.double(), ("residual", columns, split))
-        assert next_sums[count:].isnan().all()
-        close(next_sums[:count].sum()[None], expected.square().sum()[None], "squares")
-        assert not scratch.counters.any()
+    cuts = [
+        (192, 64, OneTokenCut(8, 2, 1, 4)),
+        (320, 48, OneTokenCut(8, 2, 3, 4)),
+        (64, 128, OneTokenCut(8, 2, 2, 4)),
+        (320, 48, RingCut(8, 3, 1)),
+        (2240, 32, RingCut(8, 3, 2)),
+    ]
+    for columns, rows, cut in cuts:
+        check_epilogues(columns, rows, cut)
         checked += 3
 
     x, norm, up = normal(192, seed=12), normal(192, seed=13).bfloat16(), normal(192, seed=14)
@@ -194,6 +200,39 @@ def epilogues() -> int:
     glu_kernel[(3,)](x, up, planes, 192, SIZE=64, num_warps=1)
     same_planes(planes, silu(x.double()) * up.double(), "gated apart")
     return checked + 2
+
+
+def check_epilogues(columns: int, rows: int, cut: OneTokenCut | RingCut) -> None:
+    """Each of them with two weights of so many columns and rows, or one."""
+    weights, dense = pack_side_by_side([rows, rows], columns, "cpu", seed=rows)
+    first, second = dense.double().split(rows)
+    x = normal(columns, seed=8)
+    sums = x.square().view(-1, 16).sum(1)
+    factor = torch.rsqrt(x.double().square().mean() + EPS)
+    scratch = Scratch(CPU)
+
+    y, bias = torch.full((2 * rows,), torch.nan), normal(2 * rows, seed=9).bfloat16()
+    normed = Epilogue(int(PLAIN), sums, EPS)
+    multiply_one(spread(x[None]), weights, bias, y, scratch, normed, cut)
+    expected = dense.double() @ (x.double() * factor) + bias.double()
+    close(y, expected, ("norm", columns, cut))
+
+    planes = torch.full((9, rows // 8), torch.nan)
+    gated = Epilogue(int(GLU), sums, EPS, planes=planes)
+    multiply_one(spread(x[None]), weights, None, None, scratch, gated, cut)
+    a, b = first @ (x.double() * factor), second @ (x.double() * factor)
+    same_planes(planes, silu(a) * b, ("gated", columns, cut))
+
+    hidden, norm = normal(rows, seed=10), normal(rows, seed=11).bfloat16()
+    expected = hidden.double() + first @ x.double()
+    planes, next_sums = torch.full((9, rows // 8), torch.nan), torch.full((rows,), torch.nan)
+    added = Epilogue(int(RESIDUAL), hidden=hidden, norm=norm, planes=planes, next_sums=next_sums)
+    count = multiply_one(spread(x[None]), weights[:1], None, None, scratch, added, cut)
+    close(hidden, expected, ("residual", columns, cut))
+    same_planes(planes, expected * norm.double(), ("residual", columns, cut))
+    assert next_sums[count:].isnan().all()
+    close(next_sums[:count].sum()[None], expected.square().sum()[None], "squares")
+    assert not scratch.counters.any()
 
 
 def same_planes(planes: torch.Tensor, expected: torch.Tensor, what: object) -> None:
@@ -262,9 +301,10 @@ def check_attention(heads: int, kv: int, tiles: int, chunks: int, here: int) -> 
 
 PARTS = {
     "one_token": (one_token, 4 * 4 + 2),
+    "ring": (ring, 4),
     "several_tokens": (several_tokens, 4 * 4 * 2 + 2),
     "chosen_cuts": (chosen_cuts, 4 + 2 + 6),
-    "epilogues": (epilogues, 3 * 3 + 2),
+    "epilogues": (epilogues, 5 * 3 + 2),
     "attention": (attention, 3 * 2 * 6),
 }
 
