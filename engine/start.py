@@ -163,12 +163,8 @@ def _generate(
     if most == 1:  # candidates are of one sequence
         speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation, draft)
-
-    def chunk(tokens: int) -> int | None:
-        return keeper.chunk(tokens, loop.kept_tokens)
-
     raw = bool(getattr(arguments, "raw", False))
-    generator = Generator(model, codec, sampling, raw, loop, chunk)
+    generator = Generator(model, codec, sampling, raw, loop, keeper.chunk)
     batch = None
     if most > 1:
         batch = Batch(model, Passes(model, step, keeper.survive), keeper, most)

@@ -60,7 +60,7 @@ def build(family: str = "Qwen2", **changes: Any) -> Any:
 class Roomy:
     """Room for everything."""
 
-    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
+    def chunk(self, tokens: int, capacity: int = 0) -> int | None:
         return None
 
     def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
@@ -429,8 +429,8 @@ def test_memory_of_who_has_left_is_not_kept_from_others() -> None:
     told: list[tuple[int, int]] = []
 
     class Asked(Roomy):
-        def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
-            told.append((tokens, kept_tokens))
+        def chunk(self, tokens: int, capacity: int = 0) -> int | None:
+            told.append((tokens, capacity))
             return None
 
     batch = Batch(shared()[0], shared()[2], Asked(), 8)
