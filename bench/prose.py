@@ -24,6 +24,8 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from bench.exercises import exercises
+
 VOCABULARY = 1024
 END = "<|endoftext|>"
 HELD_OUT_ONE_IN = 16
@@ -141,6 +143,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument(
+        "--exercises", type=int, default=0, metavar="N", help="copies and lists to train on, too"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -148,6 +153,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     texts, held_out = split()
     tokens = build_tokenizer(texts)
+    texts += exercises(texts, args.exercises, args.seed)
     rows = tokens(texts, add_special_tokens=False)["input_ids"]
     end: Any = tokens.convert_tokens_to_ids(END)
     ids = torch.tensor([token for row in rows for token in (*row, end)])
