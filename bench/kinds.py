@@ -125,7 +125,8 @@ class Bench:
         summary = next((text for text in reversed(said) if text.startswith("{")), None)
         if done.returncode or summary is None:
             raise WeightFeederError(f"a run ended with {done.returncode}: {' '.join(said[-1:])}")
-        answers = [json.loads(text) for text in output.read_text().splitlines()]
+        answers = [json.loads(text) for text in output.read_text(encoding="utf-8").splitlines()]
+        output.unlink()  # the next run would refuse to write over it
         return {**json.loads(summary), "answers": answers}
 
 
