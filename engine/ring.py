@@ -78,9 +78,10 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     sums, sum_count, eps, hidden, norm, next_planes, next_sums,
     K: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr,
-    NORM: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    NORM: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs for each slice. Operands are those of `one_token.product_kernel`, but for these.
+    """One of PARTS programs for each slice, which finishes AT_ONCE rows at a time. Operands are those of `one_token.product_kernel`, but for these.
 
     operand      shape            dtype        layout
     parts        [PARTS, rows]    fp32         scratch; rows: of all weights; PARTS: of RUNS runs in a row
@@ -95,6 +96,7 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     pieces = tl.num_programs(0) // PARTS
     first, last = tiles * piece // pieces, tiles * (piece + 1) // pieces
     rows = tl.arange(0, TILE)
+    factor = 1.0
     x0 = tl.zeros((1, SIZE), tl.float32)
     x1, x2, x3, x4, x5, x6, x7, x8 = x0, x0, x0, x0, x0, x0, x0, x0
     _, local_a, local_b, _, _, scale_a, scale_b, _ = _where(
@@ -125,6 +127,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
                 waited = _say("griddepcontrol.wait;")
                 _say("griddepcontrol.launch_dependents;")
             x0, x1, x2, x3, x4, x5, x6, x7, x8 = _x(planes + waited * 4, part * SIZE, stride, SIZE)
+            if NORM:
+                factor = factor_of(sums + waited, sum_count, K, eps, SUMS)
         a = _eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
         b = _eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
         to = parts + part * slots + rows
@@ -140,39 +144,37 @@ def ring_kernel(  # type: ignore[no-untyped-def]
             tl.store(counters + piece, 0)
         HEIGHT: tl.constexpr = TILE if MODE == GLU else 2 * TILE
         _finish(
-            parts, slots, first * HEIGHT, last * HEIGHT, total, K, bias, y, sums, sum_count, eps, hidden,
-            norm, next_planes, next_sums, HEIGHT, PARTS, BIAS, MODE, NORM, SUMS,
+            parts, slots, first * HEIGHT, last * HEIGHT, total, factor, bias, y, hidden, norm,
+            next_planes, next_sums, HEIGHT, AT_ONCE, PARTS, BIAS, MODE,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    parts, slots, first, last, total, K, bias, y, sums, sum_count, eps, hidden, norm,
-    next_planes, next_sums, HEIGHT: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
-    MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    parts, slots, first, last, total, factor, bias, y, hidden, norm, next_planes, next_sums,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     """What is done with the rows from ``first`` to ``last``, of which all parts are there: what
     `one_token._end` does, for many rows at a time."""
-    ROWS: tl.constexpr = 128 if PARTS <= 8 else 64  # so that the parts of all fit registers
-    factor = 1.0
-    if NORM:
-        factor = factor_of(sums, sum_count, K, eps, SUMS)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         there = row < last
-        a = _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
         if MODE == GLU:
+            a = _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
             b = _all_parts(parts + total + row, slots, there, PARTS, ROWS) * factor
             _spread_some(a * tl.sigmoid(a) * b, start, last, next_planes, total // 8, ROWS)
         elif MODE == RESIDUAL:
-            a += tl.load(hidden + row, mask=there, other=0.0)
+            old = tl.load(hidden + row, mask=there, other=0.0)
+            weight = tl.load(norm + row, mask=there, other=0.0).to(tl.float32)
+            a = old + _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
             tl.store(hidden + row, a, mask=there)
             squares = tl.sum(tl.reshape(a * a, (ROWS // HEIGHT, HEIGHT)), 1)
             tile = start // HEIGHT + tl.arange(0, ROWS // HEIGHT)
             tl.store(next_sums + tile, squares, mask=tile * HEIGHT < last)
-            a *= tl.load(norm + row, mask=there, other=0.0).to(tl.float32)
-            _spread_some(a, start, last, next_planes, total // 8, ROWS)
+            _spread_some(a * weight, start, last, next_planes, total // 8, ROWS)
         else:
+            a = _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
             if BIAS:
                 a += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
             tl.store(y + row, a.to(y.dtype.element_ty), mask=there)

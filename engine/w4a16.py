@@ -25,6 +25,7 @@ from engine.packed_weight import Packed
 from engine.ring import UNIT, ring_kernel
 
 MAX_WEIGHTS = 3
+SUMS_A_WARP = 2048  # at the end of a slice: 64 registers of a thread
 
 
 @dataclass(frozen=True)
@@ -345,6 +346,7 @@ def _ring(
     parts = triton.cdiv(columns, UNIT)
     slices = max(1, min(cut.per_processor * processors(planes.device) // parts, tiles))
     scratch.hold(parts * total, slices)
+    at_once = SUMS_A_WARP * cut.warps // (2 * parts if glu else parts)
     sums = epilogue.sums
     unused = scratch.parts if y is None else y
     ring_kernel[(slices * parts,)](
@@ -356,6 +358,7 @@ def _ring(
         K=columns, TILE=cut.tile, RUNS=UNIT // run, PARTS=parts, STAGES=cut.stages,
         BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
+        AT_ONCE=min(128, max(2 * cut.tile, triton.next_power_of_2(at_once + 1) // 2)),
         PDL=epilogue.pdl, ASM=not interpreted(),
         num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
     )  # fmt: skip
