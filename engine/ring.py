@@ -1,7 +1,7 @@
 """The products of one token with packed weights, by programs that stay: what is lost between programs is not.
 
-K is cut into parts of RUNS runs, the tiles of rows into slices; a program takes one part of one slice, and
-there are as many programs as fit at once. So x of its part is read once and stays in registers, and
+K is cut into parts of RUNS runs, the tiles of rows into slices; a program takes one part of one slice,
+and there are as many programs as fit at once. So x of its part is read once and stays in registers, and
 nothing is loaded in the loop but codes and scales. The codes of the next tiles are on their way to shared
 memory (STAGES of them) while one is multiplied, the first of them before the kernel before has ended.
 
@@ -81,7 +81,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs for each slice, which finishes AT_ONCE rows at a time. Operands are those of `one_token.product_kernel`, but for these.
+    """One of PARTS programs for each slice, the last of which finishes it, AT_ONCE rows at a time. Operands
+    are those of `one_token.product_kernel`, but for these.
 
     operand      shape            dtype        layout
     parts        [PARTS, rows]    fp32         scratch; rows: of all weights; PARTS: of RUNS runs in a row
@@ -92,9 +93,9 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     runs: tl.constexpr = K // RUN
     stride: tl.constexpr = K // 8  # words of a row
     slots = 2 * total if MODE == GLU else total
-    piece, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    pieces = tl.num_programs(0) // PARTS
-    first, last = tiles * piece // pieces, tiles * (piece + 1) // pieces
+    this, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    slices = tl.num_programs(0) // PARTS
+    first, last = tiles * this // slices, tiles * (this + 1) // slices
     rows = tl.arange(0, TILE)
     factor = 1.0
     x0 = tl.zeros((1, SIZE), tl.float32)
@@ -138,10 +139,10 @@ def ring_kernel(  # type: ignore[no-untyped-def]
         _say("bar.sync 0;")  # all threads have stored before one of them reads or counts
     complete = PARTS == 1
     if PARTS > 1:
-        complete = tl.atomic_add(counters + piece, 1, sem="acq_rel") == PARTS - 1
+        complete = tl.atomic_add(counters + this, 1, sem="acq_rel") == PARTS - 1
     if complete:
         if PARTS > 1:
-            tl.store(counters + piece, 0)
+            tl.store(counters + this, 0)
         HEIGHT: tl.constexpr = TILE if MODE == GLU else 2 * TILE
         _finish(
             parts, slots, first * HEIGHT, last * HEIGHT, total, factor, bias, y, hidden, norm,
@@ -208,7 +209,15 @@ def _spread_some(value, first, last, planes, words, ROWS: tl.constexpr):  # type
 
 
 @triton.jit
-def _scales(scales, local, part, runs: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scales(
+    scales,
+    local,
+    part,
+    runs: tl.constexpr,
+    TILE: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     """The scales [TILE, RUNS] of a tile; beyond the row that of its last run again: x is 0 there."""
     there = tl.minimum(part * RUNS + tl.arange(0, RUNS), runs - 1)
     index = tl.arange(0, TILE)[:, None] * runs + there[None, :]
