@@ -209,15 +209,10 @@ def _spread_some(value, first, last, planes, words, ROWS: tl.constexpr):  # type
 
 
 @triton.jit
-def _scales(
-    scales,
-    local,
-    part,
-    runs: tl.constexpr,
-    TILE: tl.constexpr,
-    RUNS: tl.constexpr,
-    RUN: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+def _scales(  # type: ignore[no-untyped-def]
+    scales, local, part, runs: tl.constexpr,
+    TILE: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """The scales [TILE, RUNS] of a tile; beyond the row that of its last run again: x is 0 there."""
     there = tl.minimum(part * RUNS + tl.arange(0, RUNS), runs - 1)
     index = tl.arange(0, TILE)[:, None] * runs + there[None, :]
