@@ -15,7 +15,7 @@ from common.checksum import checksum
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from engine.step import Step
+    from engine.steps import Steps
 
 
 class Decoder:
@@ -31,7 +31,7 @@ class Decoder:
         prompt_tokens: int,
         new_tokens: int,
         context: int = 0,
-        step: Step | None = None,
+        step: Steps | None = None,
     ) -> None:
         """``step``: takes the tokens after the prompt, as it does in an engine."""
         from transformers import DynamicCache  # slow: a feeder that loads should not wait for it

@@ -162,7 +162,7 @@ class Fed:
 
     def _connect(self, directory: Path, stack: ExitStack) -> None:
         from engine.model import build_model
-        from engine.step import Step, supports
+        from engine.steps import steps_for
 
         self.client = WeightClient(directory)
         stack.callback(self._disconnect)
@@ -176,7 +176,7 @@ class Fed:
                 torch.set_num_threads(max(1, threads - 1))
             self.dtype: torch.dtype = getattr(torch, feeder.dtype)
             self.model = build_model(self.store, self.client, self.memory, self.dtype)
-            self.step = None if supports(self.model) else Step(self.model, self.client)
+            self.step = steps_for(self.model, self.client)
         model_lock = Lock(directory / MODEL_LOCK, "engine")
         stack.callback(model_lock.release)
         model_lock.acquire()  # the feeder then reckons with our memory as taken

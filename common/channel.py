@@ -25,6 +25,8 @@ _AT_ONCE = 256
 #: From a server's last words to its end: a client drops what it has not read when it is disconnected.
 _FAREWELL_S = 0.1
 _MAX_SOCKET_PATH = 107  # sun_path, less its terminating zero
+#: As plain integers: arithmetic on zmq's enums takes as long as a small message.
+_READABLE, _NOBLOCK, _MORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 
 def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -37,7 +39,7 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _READABLE)
 
 
 def _endpoint(path: Path) -> str:
@@ -66,7 +68,7 @@ class Server:
         for _ in range(_AT_ONCE):
             if not _readable(self._socket):
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            frames = self._socket.recv_multipart(_NOBLOCK)
             if len(frames) != 2:
                 error = ProtocolError(f"{len(frames) - 1} frames found: expected one")
                 yield frames[0], error
@@ -79,7 +81,9 @@ class Server:
     def send(self, peer: bytes, message: Message) -> bool:
         """Whether the message was taken: False if the peer is gone or reads nothing."""
         try:
-            self._socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)
+            data = encode(message)
+            self._socket.send(peer, _MORE | _NOBLOCK)
+            self._socket.send(data, _NOBLOCK)
         except zmq.ZMQError:
             return False
         except ProtocolError as error:  # what a peer or a user gave us does not fit a message
@@ -116,7 +120,7 @@ class Client:
         for _ in range(_AT_ONCE):
             if not _readable(self._socket):
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            frames = self._socket.recv_multipart(_NOBLOCK)
             if len(frames) != 1:
                 yield ProtocolError(f"{len(frames)} frames found: expected one")
                 continue
@@ -128,7 +132,7 @@ class Client:
     def send(self, message: Message) -> bool:
         """Whether a connected server took the message."""
         try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
+            self._socket.send(encode(message), _NOBLOCK)
         except zmq.ZMQError:
             return False
         return True

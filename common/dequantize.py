@@ -6,6 +6,8 @@ reference itself is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,10 @@ from common import int4
 
 BLOCKS_PER_PROGRAM = 64  # measured on an H100, see bench/; flat from 32 to 128
 NUM_WARPS = 4
+
+#: Compiled kernels with their grids, by what they are for: to find one through Triton takes several times
+#: as long as to launch it, for each weight of each token.
+_launches: dict[tuple[torch.device, torch.dtype, int, int], Callable[..., object]] = {}
 
 
 @triton.jit  # which gives the parameters their types
@@ -57,11 +63,19 @@ def dequantize_into(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     for name, tensor in (("codes", codes), ("out", out)):
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name} lies at {tensor.data_ptr():#x}: expected 16-byte alignment")
-    grid = (triton.cdiv(int4.scale_count(elements), BLOCKS_PER_PROGRAM),)
-    _dequantize_kernel[grid](
+    # All that the compiler distinguishes: codes and out are aligned, as was checked.
+    kind = (out.device, out.dtype, elements, scales.data_ptr() % 16)
+    launch = _launches.get(kind)
+    if launch is not None:
+        launch(codes, scales, out, elements, BLOCKS_PER_PROGRAM)
+        return
+    grid = (triton.cdiv(int4.scale_count(elements), BLOCKS_PER_PROGRAM), 1, 1)
+    kernel = _dequantize_kernel[grid](
         codes.view(torch.int8), scales, out.view(-1), elements,
         BLOCKS=BLOCKS_PER_PROGRAM, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if kernel is not None:  # the interpreter has none
+        _launches[kind] = kernel[grid]
 
 
 def interpreted() -> bool:
@@ -76,13 +90,13 @@ def _check(
     elements: int,
     device: torch.device,
 ) -> None:
-    found = (tensor.dtype, tensor.numel(), tensor.device, tensor.is_contiguous())
     if (
         tensor.dtype not in dtypes
         or tensor.numel() != elements
         or tensor.device != device
         or not tensor.is_contiguous()
     ):
+        found = (tensor.dtype, tensor.numel(), tensor.device, tensor.is_contiguous())
         raise ValueError(
             f"{name} is {found}: expected {dtypes}, {elements} elements, {device}, contiguous"
         )

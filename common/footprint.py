@@ -82,15 +82,25 @@ def kept_tokens(config: dict[str, Any], context: int | None, sequences: int) -> 
     return max(min(PLANNED_CONTEXT, most), sequences * min(PLANNED_SHARE, most))
 
 
-def pass_tokens(config: dict[str, Any], tokens: int, itemsize: int, room_bytes: int) -> int:
-    """How many of a prompt's ``tokens`` one pass can take in ``room_bytes``, KV cache of the whole
-    prompt included. Never less than ``PASS_STEP``: who runs out of memory then needs more of it."""
+def pass_tokens(
+    config: dict[str, Any], tokens: int, itemsize: int, room_bytes: int, known: int = 0
+) -> int:
+    """How many of a prompt's ``tokens``, less the ``known`` ones, one pass can take in ``room_bytes``, KV
+    cache of the whole prompt included. Never less than ``PASS_STEP``: who runs out of memory then needs
+    more of it."""
     room_bytes -= kv_bytes(config, tokens, itemsize)
-    if activation_bytes(config, tokens, itemsize) <= room_bytes:
-        return tokens
+    if prompt_bytes(config, tokens, known, itemsize) <= room_bytes:
+        return tokens - known
     fixed = split_bytes(config, tokens, 0, itemsize)
     step = split_bytes(config, tokens, PASS_STEP, itemsize) - fixed
-    return min(tokens, max(1, (room_bytes - fixed) // step) * PASS_STEP)
+    return min(tokens - known, max(1, (room_bytes - fixed) // step) * PASS_STEP)
+
+
+def prompt_bytes(config: dict[str, Any], tokens: int, known: int, itemsize: int) -> int:
+    """As `activation_bytes`, for one pass over a prompt whose first ``known`` tokens are in the KV cache."""
+    if not known:
+        return activation_bytes(config, tokens, itemsize)
+    return split_bytes(config, tokens, tokens - known, itemsize)
 
 
 def split_bytes(config: dict[str, Any], tokens: int, chunk: int, itemsize: int) -> int:

@@ -8,6 +8,7 @@ a ProtocolError that says what was expected. docs/protocol.md is the prose to th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -15,7 +16,7 @@ import msgpack
 
 from common.errors import ProtocolError
 
-VERSION = 4
+VERSION = 5
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_ITEMS = 1 << 16
@@ -113,6 +114,42 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Grants:
+    """Several at once: lists of one length, with a place for each grant; the rest they have in common."""
+
+    weights: Numbers
+    slots: Numbers
+    generations: Numbers
+    segment: int
+    offsets_bytes: Numbers
+    sizes_bytes: Numbers
+    format: str
+    standing: bool
+    checksums: Numbers
+
+    @classmethod
+    def of(cls, grants: Sequence[Grant]) -> Grants:
+        """Of grants that share segment, format and whether they stand."""
+        first = grants[0]
+        return cls(
+            tuple(grant.weight for grant in grants), tuple(grant.slot for grant in grants),
+            tuple(grant.generation for grant in grants), first.segment,
+            tuple(grant.offset_bytes for grant in grants),
+            tuple(grant.size_bytes for grant in grants), first.format, first.standing,
+            tuple(grant.checksum for grant in grants),
+        )  # fmt: skip
+
+    def each(self) -> Iterator[Grant]:
+        """One after the other."""
+        segment, kind, standing = self.segment, self.format, self.standing
+        for weight, slot, generation, offset, size, checksum in zip(
+            self.weights, self.slots, self.generations, self.offsets_bytes, self.sizes_bytes,
+            self.checksums, strict=True,
+        ):  # fmt: skip
+            yield Grant(weight, slot, generation, segment, offset, size, kind, standing, checksum)
+
+
+@dataclass(frozen=True)
 class Release:
     """The kernels that read these grants are complete. Two lists of one length."""
 
@@ -199,20 +236,64 @@ class Goodbye:
 
 
 Message = (
-    Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Release | Revoke
+    Hello | Welcome | Export | Retire | Retired | Plan | Need | Grant | Grants | Release
+    | Revoke
     | Shrink | Shrunk | StatusRequest | Status | Swap | Stop | Done | Failure | Goodbye
 )  # fmt: skip
 
 TYPES: dict[str, type[Message]] = {
     "hello": Hello, "welcome": Welcome, "export": Export, "retire": Retire, "retired": Retired,
-    "plan": Plan, "need": Need, "grant": Grant, "release": Release, "revoke": Revoke,
+    "plan": Plan, "need": Need, "grant": Grant, "grants": Grants, "release": Release,
+    "revoke": Revoke,
     "shrink": Shrink, "shrunk": Shrunk,
     "status-request": StatusRequest, "status": Status, "swap": Swap, "stop": Stop, "done": Done,
     "failure": Failure, "goodbye": Goodbye,
 }  # fmt: skip
+_OF_EACH_GRANT = ("weights", "slots", "generations", "offsets_bytes", "sizes_bytes", "checksums")
 _NAMES = {cls: name for name, cls in TYPES.items()}
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INT
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT
+
+
+def _is_bytes(value: Any) -> bool:
+    return type(value) is bytes and len(value) <= MAX_TEXT
+
+
+def _is_numbers(value: Any) -> bool:
+    return type(value) in (tuple, list) and len(value) <= MAX_ITEMS and all(map(_is_int, value))
+
+
+def _is_fields(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and len(value) <= MAX_ITEMS
+        and all(
+            _is_text(key) and type(item) in (int, float, str, bool) for key, item in value.items()
+        )
+    )
+
+
+#: For each type that a field is declared with: whether a value is right, and what is expected.
+_RULES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_int, f"an integer from 0 to {MAX_INT}"),
+    bool: (_is_bool, "true or false"),
+    str: (_is_text, f"text up to {MAX_TEXT}"),
+    bytes: (_is_bytes, f"at most {MAX_TEXT} bytes"),
+    Numbers: (_is_numbers, f"at most {MAX_ITEMS} integers from 0 to {MAX_INT}"),
+    Fields: (_is_fields, "a map of names to numbers and texts"),
+}
 _SCHEMA = {
-    cls: {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    cls: {f.name: _RULES[get_type_hints(cls)[f.name]] for f in dataclasses.fields(cls)}
     for cls in TYPES.values()
 }
 
@@ -278,40 +359,19 @@ def _check(cls: type[Message], fields: dict[Any, Any]) -> None:
             f"{_NAMES[cls]} with fields {_short(sorted(map(str, fields)))}:"
             f" expected {', '.join(schema) or 'none'}"
         )
-    for name, declared in schema.items():
-        problem = _problem(declared, fields[name])
-        if problem:
+    for name, (good, expected) in schema.items():
+        if not good(fields[name]):
             raise ProtocolError(
-                f"{_NAMES[cls]}.{name} is {_short(fields[name])}: expected {problem}"
+                f"{_NAMES[cls]}.{name} is {_short(fields[name])}: expected {expected}"
             )
     if cls is Release and len(fields["slots"]) != len(fields["generations"]):
         raise ProtocolError(
             "release with two lists of different length: expected one generation a slot"
         )
-
-
-def _problem(declared: Any, value: Any) -> str | None:
-    """What was expected instead of ``value``, or None if it is right."""
-    if declared is int:
-        good = type(value) is int and 0 <= value <= MAX_INT
-        return None if good else f"an integer from 0 to {MAX_INT}"
-    if declared is bool:
-        return None if type(value) is bool else "true or false"
-    if declared is str:
-        return None if type(value) is str and len(value) <= MAX_TEXT else f"text up to {MAX_TEXT}"
-    if declared is bytes:
-        good = type(value) is bytes and len(value) <= MAX_TEXT
-        return None if good else f"at most {MAX_TEXT} bytes"
-    if declared == Numbers:
-        good = type(value) in (tuple, list) and len(value) <= MAX_ITEMS
-        good = good and all(_problem(int, item) is None for item in value)
-        return None if good else f"at most {MAX_ITEMS} integers from 0 to {MAX_INT}"
-    good = type(value) is dict and len(value) <= MAX_ITEMS
-    good = good and all(
-        type(key) is str and len(key) <= MAX_TEXT and type(item) in (int, float, str, bool)
-        for key, item in value.items()
-    )
-    return None if good else "a map of names to numbers and texts"
+    if cls is Grants and len({len(fields[name]) for name in _OF_EACH_GRANT}) != 1:
+        raise ProtocolError(
+            "grants with lists of different length: expected one item a grant in each"
+        )
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,16 @@ from engine.ledger import Lease, Ledger
 
 KEEPER_INTERVAL_S = 0.05  # how often the second thread looks in
 SPIN_S = 0.005  # how long a blocked acquire asks without sleeping whether kernels are complete
+#: The same on a GPU while it has no kernel to ask for: to be woken takes as long as a fill.
+LINGER_S = 0.0005
+#: Nor does it say at once that it needs what most likely is on its way: the feeder would have to read
+#: that before it can go on.
+NEED_AFTER_S = 0.0002
+#: An engine that need not wait looks only now whether kernels are complete: their slots are then told of
+#: in one message, which is half the work for both sides. One that has to wait looks at once.
+RETURN_TOGETHER = 2
+#: How often it looks meanwhile whether somebody has died, which takes calls of the system.
+LOOK_S = 0.001
 
 
 class NotLent(Exception):
@@ -59,11 +69,13 @@ class WeightClient:
         self._pending: Pending[Lease] = Pending()  # released, their kernels still run
         self._idle: list[Lease] = []  # released and complete, the feeder to be told
         self._needed: int | None = None  # the weight that the main thread is blocked on
+        self._foreseen = False  # whether the last weights came without being asked for
         self._early: list[p.Message] = []  # came before there was a memory to map segments in
         self._order: dict[int, None] | None = {}  # the plan as it is learned; None once it is
         self._plan: p.Plan | None = None
         self._memory: Memory | None = None
         self._stream: Any = None
+        self._linger_s = 0.0
         self._failure: WeightFeederError | None = None
         self._status: p.Fields | None = None
         self._said: p.Fields = {}  # the last status of the feeder that is there
@@ -90,6 +102,7 @@ class WeightClient:
         with self._lock:
             self._memory = memory
             self._stream = memory.stream()
+            self._linger_s = LINGER_S if memory.device.type == "cuda" else 0.0
             if self._connection.feeder is not None:
                 memory.limit(self._connection.feeder.engine_bytes)
             for message in self._early:
@@ -100,9 +113,13 @@ class WeightClient:
         """The lease of ``weight``; blocks until the feeder has granted it. NotLent for a weight of a
         draft that is not there: nobody waits for those."""
         with self._lock:
-            if len(self._pending) or self._idle:
-                self._return_complete()
-            lease = self._ledger.take(weight) or self._wait_for(weight)
+            lease = self._ledger.take(weight)
+            if lease is None:
+                lease = self._wait_for(weight)  # which returns what is complete, too
+            else:
+                self._foreseen = True
+                if len(self._pending) >= RETURN_TOGETHER or self._idle:
+                    self._return_complete()
             self._taken(lease)
             return lease
 
@@ -243,12 +260,17 @@ class WeightClient:
 
         self._turn()  # it may have been granted long ago, and only be unread
         if granted():
+            self._foreseen = True
             return taken[0]
         if weight >= self._own_weights:
             raise NotLent(f"weight {weight} of the draft model is not lent any more")
         self._needed = weight
         try:
-            if self._ledger.returning(weight):  # a need must not overtake the release of its weight
+            if self._foreseen and self._linger_s:
+                self._pump_until(granted, NEED_AFTER_S)
+                self._foreseen = bool(taken)
+            # A need must not overtake the release of its weight.
+            if not taken and self._ledger.returning(weight):
                 self._pump_until(lambda: granted() or not self._ledger.returning(weight))
             if not taken:
                 self._connection.send(p.Need(weight))
@@ -297,7 +319,7 @@ class WeightClient:
 
         Raises what went wrong, also in the keeper.
         """
-        start = time.monotonic()
+        start, look = time.monotonic(), LOOK_S
         while True:
             self._turn()
             if true():
@@ -307,9 +329,12 @@ class WeightClient:
                 return
             if self._failure is not None:
                 raise self._failure
-            patience = 0.5
-            if len(self._pending):  # nothing wakes us when a kernel ends
-                patience = 0.0 if waited < SPIN_S else 0.001
+            if waited < (SPIN_S if len(self._pending) else self._linger_s):
+                if waited >= look:
+                    look = waited + LOOK_S
+                    self._connection.wait(0)
+                continue
+            patience = 0.001 if len(self._pending) else 0.5  # nothing wakes us when a kernel ends
             if timeout_s is not None:
                 patience = min(patience, timeout_s - waited)
             self._connection.wait(patience)
@@ -404,6 +429,9 @@ class WeightClient:
                     self._connection.ignored += 1
                     what = "is an old one, or names a segment, extent or slot that cannot be"
                     self._connection.complain("grant", f"grant of weight {weight} {what}")
+            case p.Grants():
+                for grant in message.each():
+                    self._obey(grant)
             case p.Revoke(slot, generation):
                 wanted = () if self._needed is None else (self._needed,)
                 lease = self._ledger.recall(slot, generation, wanted)

@@ -140,6 +140,8 @@ class Connection:
     def _is_ours(self, message: p.Message | ProtocolError) -> bool:
         """Deals with the message, unless it is about weights."""
         match message:
+            case p.Grant() | p.Grants() if self.feeder is not None:  # of all, most are
+                return True
             case ProtocolError():
                 self.malformed += 1
                 if self.malformed <= _MALFORMED_SHOWN:

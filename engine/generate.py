@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from common.errors import UsageError
 from common.log import log
+from engine.logprobs import Logprobs
 from engine.loop import Loop
 from engine.pieces import Pieces
 from engine.text import Codec
@@ -74,12 +75,14 @@ class Stopped(Exception):
 @dataclass
 class Answer:
     """``times_s``: the moments at which tokens were there, from the start of the prompt's pass.
-    ``ended``: the model itself has ended the text, with its token for that."""
+    ``ended``: the model itself has ended the text, with its token for that. ``kept``: of the prompt's
+    tokens so many were in the KV cache already."""
 
     ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     text: str = ""
     ended: bool = False
+    kept: int = 0
 
     @property
     def seconds(self) -> float:
@@ -132,6 +135,7 @@ class Request:
     criteria: StoppingCriteriaList
     seed: int | None
     answer: Answer
+    logprobs: Logprobs | None
     _stream: _Stream
     _codec: Codec
 
@@ -139,8 +143,11 @@ class Request:
         """The pass over the prompt begins."""
         self._stream.begin()
 
-    def put(self, token: int) -> None:
-        """The next token. Raises Stopped if no more are wanted."""
+    def put(self, token: int, measured: list[float] | None = None) -> None:
+        """The next token, and what ``logprobs`` measured of it, if that was asked for. Raises Stopped if no
+        more are wanted."""
+        if self.logprobs is not None and measured is not None:
+            self.logprobs.told(token, measured)
         self._stream.put(torch.tensor([token]))
 
     def conclude(self, whole: bool) -> Answer:
@@ -164,10 +171,11 @@ class Generator:
         sampling: Sampling,
         raw: bool,
         loop: Loop,
-        chunk: Callable[[int], int | None] = lambda tokens: None,
+        chunk: Callable[[int, int, int], int | None] = lambda tokens, capacity, known: None,
     ) -> None:
         """``sampling``: of answers that are asked for without one. ``chunk``: how many of a prompt's
-        tokens one pass may take, None for all of them."""
+        tokens one pass may take, None for all of them, if there is a KV cache for ``capacity`` tokens
+        that has the first ``known``."""
         self._chunk, self._loop = chunk, loop
         self._model: Any = model  # its type has no ``generate``, which comes from a mixin
         self._codec, self._raw = codec, raw
@@ -191,6 +199,7 @@ class Generator:
         write: Callable[[str], None],
         token: Callable[[], None] = lambda: None,
         sampling: Sampling | None = None,
+        logprobs: Logprobs | None = None,
     ) -> Request:
         """As `answer`, for somebody else to generate it: what that takes. Splits no prompt."""
         ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
@@ -214,7 +223,7 @@ class Generator:
         stream = _Stream(Pieces(self._codec.decode), answer, write, token)
         return Request(
             ids, config, found["logits_processor"], found["stopping_criteria"], sampling.seed,
-            answer, stream, self._codec,
+            answer, logprobs, stream, self._codec,
         )  # fmt: skip
 
     def answer(
@@ -223,33 +232,45 @@ class Generator:
         write: Callable[[str], None],
         token: Callable[[], None] = lambda: None,
         sampling: Sampling | None = None,
+        reuse: bool = False,
+        logprobs: Logprobs | None = None,
     ) -> Answer:
         """Generate the answer to ``prompt``, a text or its tokens; ``write`` gets its text piece by
-        piece, ``token`` is called for each token. Either may raise Stopped.
+        piece, ``token`` is called for each token. Either may raise Stopped. ``reuse``: what the prompt has
+        in common with the text before, from its first token on, is not computed again. ``logprobs`` is
+        told of each token before that is written.
 
         UsageError if the prompt is empty or longer than the model's context.
         """
         ids = self._codec.encode(prompt, self._raw) if isinstance(prompt, str) else list(prompt)
         check_length(len(ids), self.context)
         sampling = sampling or self._sampling
-        config = self._config(sampling, len(ids), self._chunk(len(ids)))
+        known = self._loop.known(ids) if reuse else 0
+        chunk = self._chunk(len(ids), self._loop.capacity, known)
+        config = self._config(sampling, len(ids), chunk)
         # Without a seed of its own, one answer would go on with the random numbers of another's.
         set_seed(secrets.randbits(32) if sampling.seed is None else sampling.seed)
         tokens = torch.tensor([ids], device=self._model.device)
         answer = Answer()
         stream = _Stream(Pieces(self._codec.decode), answer, write, token)
+        loop = partial(
+            self._loop,
+            put=stream.put,
+            seeded=sampling.seed is not None,
+            reuse=reuse,
+            logprobs=logprobs,
+        )
         try:
             self._model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=config,
-                custom_generate=partial(
-                    self._loop, put=stream.put, seeded=sampling.seed is not None
-                ),
+                custom_generate=loop,
             )
             stream.end()
         except Stopped:
             pass
+        answer.kept = self._loop.reused
         _conclude(answer, config, self._codec)
         return answer
 

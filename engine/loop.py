@@ -13,7 +13,7 @@ promises more, its distribution does not. docs/speculation.md has the argument.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,13 @@ from transformers import DynamicCache
 
 from common.shortages import shortages
 from engine.acceptance import draw
-from engine.cache import make_cache, past, reserve, rounded, windows_of
+from engine.cache import past, reserve
 from engine.draft import Draft, Drafted
+from engine.kept import Kept
+from engine.logprobs import Logprobs, to_host
 from engine.speculation import Speculation
 from engine.step import Step
+from engine.steps import Steps
 
 Survive = Callable[[Callable[[], Any], DynamicCache], Any]
 
@@ -37,14 +40,14 @@ class Loop:
 
     def __init__(
         self,
-        step: Step | None,
+        step: Step | Steps | None,
         survive: Survive,
         speculation: Speculation | None = None,
         draft: Draft | None = None,
     ) -> None:
         self._step, self._survive, self._speculation = step, survive, speculation
         self._draft = draft
-        self._cache: DynamicCache | None = None
+        self._kept = Kept()
 
     def __call__(
         self,
@@ -56,24 +59,29 @@ class Loop:
         *,
         put: Callable[[torch.Tensor], object],
         seeded: bool = False,
+        reuse: bool = False,
+        logprobs: Logprobs | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """The prompt and what was generated, [1, tokens]; ``put`` gets each token, [1], on the host.
-        ``seeded``: the very draws count, not their distribution alone. The rest is what ``generate``
-        gives its decoding methods."""
-        cache = self._cache_for(model, input_ids.shape[1] + 1)
+        ``seeded``: the very draws count, not their distribution alone. ``reuse``: what is `known` of the
+        prompt is not computed again. ``logprobs`` is told of each token before it is put. The rest is
+        what ``generate`` gives its decoding methods."""
+        prompt = input_ids[0].tolist()
+        cache = self._kept.begin(model.config, prompt, reuse)
         sample = generation_config.do_sample
-        state = _State(input_ids, logits_processor, stopping_criteria, sample, seeded)
+        state = _State(input_ids, logits_processor, stopping_criteria, sample, seeded, logprobs)
         if self._speculation is not None:
-            self._speculation.begin(input_ids[0].tolist())
-        logits = self._prefill(model, input_ids, cache, generation_config.prefill_chunk_size)
+            self._speculation.begin(prompt)
+        new = input_ids[:, self._kept.found :]
+        logits = self._prefill(model, new, cache, generation_config.prefill_chunk_size)
         try:
             unread = self._choose(state, logits, cache)
             while True:
                 ahead = None
                 if self._runs_ahead and state.room > 0:
                     ahead = self._choose(state, self._next(model, state.last, cache), cache)
-                if self._emit(unread, put):
+                if self._emit(unread, put, state):
                     if ahead is not None:
                         state.ids = state.ids[:, :-1]  # launched in vain
                     break
@@ -91,6 +99,20 @@ class Loop:
                 self._speculation.end()
         return state.ids
 
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many tokens at the beginning of ``prompt`` need not be computed with ``reuse``."""
+        return self._kept.known(prompt)
+
+    @property
+    def reused(self) -> int:
+        """How many tokens of the last prompt were not computed."""
+        return self._kept.found
+
+    @property
+    def capacity(self) -> int:
+        """For how many tokens it has memory, which the next prompt may use."""
+        return self._kept.capacity
+
     @property
     def _runs_ahead(self) -> bool:
         """Whether the next token is launched before this one has been read."""
@@ -98,9 +120,12 @@ class Loop:
             return False
         return self._speculation is None or self._speculation.resting
 
-    def _emit(self, unread: _Unread, put: Callable[[torch.Tensor], object]) -> bool:
+    def _emit(self, unread: _Unread, put: Callable[[torch.Tensor], object], state: _State) -> bool:
         """Hand the token on; whether it is the last."""
         token, ended = unread.read()
+        self._kept.add(int(token))
+        if state.logprobs is not None:
+            state.logprobs.told(int(token), unread.measured())
         put(token)
         if self._speculation is not None:
             self._speculation.add(int(token))
@@ -147,35 +172,13 @@ class Loop:
             token, ended = unread.read()
             if ended or int(token) != candidate:
                 break
-            self._emit(unread, put)
+            self._emit(unread, put, state)
         else:
             count = len(candidates)
             unread = self._choose(state, output.logits[:, count], cache)
         for layer in past(cache):
             layer.set_length(length + 1 + count)
         return unread
-
-    def _cache_for(self, model: Any, tokens: int) -> DynamicCache:
-        """An empty cache. Its memory, once taken, is kept: a graph that writes to it serves again."""
-        config = model.config
-        cache = self._cache or make_cache(
-            config.num_hidden_layers,
-            tokens,
-            config.max_position_embeddings,
-            windows_of(config),
-        )
-        self._cache = cache
-        for layer in past(cache):
-            layer.reset()
-            if layer.memory is None or layer.capacity < tokens:
-                layer.memory, layer.capacity = None, rounded(tokens)
-        return cache
-
-    @property
-    def kept_tokens(self) -> int:
-        """For how many tokens it has memory, which the next prompt may use."""
-        layers = past(self._cache) if self._cache else []
-        return layers[0].capacity if layers and layers[0].memory is not None else 0
 
     def _choose(
         self,
@@ -229,9 +232,15 @@ class _State:
     """The tokens so far, and how the next is chosen: as transformers' own loop does."""
 
     def __init__(
-        self, ids: torch.Tensor, processor: Any, criteria: Any, sample: bool, seeded: bool
+        self,
+        ids: torch.Tensor,
+        processor: Any,
+        criteria: Any,
+        sample: bool,
+        seeded: bool,
+        logprobs: Logprobs | None,
     ) -> None:
-        self.ids = ids
+        self.ids, self.logprobs = ids, logprobs
         self._processor, self._criteria = processor, criteria
         self._sample, self._seeded = sample, seeded
         self._max_length = sys.maxsize if criteria.max_length is None else criteria.max_length
@@ -275,7 +284,8 @@ class _State:
         else:
             token = torch.argmax(scores, dim=-1, keepdim=True)
         ids = torch.cat([self.ids, token], dim=1)
-        unread = _Unread(token, self._criteria(ids, scores))
+        measured = None if self.logprobs is None else self.logprobs.measure(logits, token)
+        unread = _Unread(token, self._criteria(ids, scores), measured)
         self.ids = ids
         return unread
 
@@ -315,21 +325,26 @@ class _State:
 
 
 class _Unread:
-    """A token, and whether it is the last, on their way to the host."""
+    """A token, whether it is the last, and what was measured of it, on their way to the host."""
 
-    def __init__(self, token: torch.Tensor, ended: torch.Tensor) -> None:
-        both = torch.cat([token.view(1), ended.view(1).to(torch.int64)])
+    def __init__(
+        self, token: torch.Tensor, ended: torch.Tensor, measured: torch.Tensor | None
+    ) -> None:
+        self._both = to_host(torch.cat([token.view(1), ended.view(1).to(torch.int64)]))
+        self._measured = measured
         self._event: torch.cuda.Event | None = None
-        if both.is_cuda:
-            self._both = torch.empty(2, dtype=torch.int64, pin_memory=True)
-            self._both.copy_(both, non_blocking=True)
+        if token.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._both = both
 
     def read(self) -> tuple[torch.Tensor, bool]:
         """The token, [1], and whether it is the last."""
         if self._event is not None:
             self._event.synchronize()
         return self._both[:1], bool(self._both[1])
+
+    def measured(self) -> list[float]:
+        """What `Logprobs.told` takes. To be asked for when it has been read."""
+        assert self._measured is not None
+        found: list[float] = self._measured.tolist()
+        return found

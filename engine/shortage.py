@@ -22,6 +22,7 @@ from common.footprint import (
     kv_bytes,
     masked_bytes,
     pass_tokens,
+    prompt_bytes,
     split_bytes,
 )
 from common.log import log
@@ -52,19 +53,20 @@ class MemoryKeeper:
 
         model.forward = forward
 
-    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
+    def chunk(self, tokens: int, capacity: int = 0, known: int = 0) -> int | None:
         """How many of a prompt's ``tokens`` a pass may take; None if all of them. Slots give what the
-        prompt needs and the engine has not. ``kept_tokens``: for so many there is a KV cache already."""
+        prompt needs and the engine has not. ``capacity``: for so many there is a KV cache already.
+        ``known``: the first so many are in it, and in no pass."""
         config, itemsize = self._config, self._itemsize
         least = kv_bytes(config, tokens, itemsize)
-        whole = activation_bytes(config, tokens, itemsize)
+        whole = prompt_bytes(config, tokens, known, itemsize)
         least += min(whole, split_bytes(config, tokens, LONG_PROMPT_PASS, itemsize))
-        kept = kv_bytes(config, min(tokens, kept_tokens), itemsize)
+        kept = kv_bytes(config, min(tokens, capacity), itemsize)
         missing = least - kept - self._memory.room_bytes()
         if missing > 0:
             self._client.shrink(max(missing, LEAST_BYTES))
-        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes() + kept)
-        if found >= tokens:
+        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes() + kept, known)
+        if found >= tokens - known:
             return None
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
         return found

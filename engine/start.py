@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags
     from engine.generate import Generator, Sampling
     from engine.report import Report
     from engine.speculation import Speculation
-    from engine.step import Step
+    from engine.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _generate(
     from engine.loop import Loop
     from engine.model import build_model
     from engine.shortage import MemoryKeeper
-    from engine.step import Step, supports
+    from engine.steps import steps_for
     from engine.text import codec_for
 
     feeder = client.wait_for_feeder()
@@ -158,20 +158,13 @@ def _generate(
     draft = _draft(arguments, store, client, memory, dtype)
     model_lock.acquire()  # a feeder that starts from now on knows that our memory is taken
     keeper = MemoryKeeper(model, client, memory)
-    reason = supports(model)
-    if reason:
-        log.debug("tokens take transformers' own forward pass: %s", reason)
-    step = None if reason or arguments.no_step else Step(model, client)
+    step = None if arguments.no_step else steps_for(model, client)
     speculation = None
     if most == 1:  # candidates are of one sequence
         speculation = _speculation(arguments, client, memory.device, len(store.weights), step)
     loop = Loop(step, keeper.survive, speculation, draft)
-
-    def chunk(tokens: int) -> int | None:
-        return keeper.chunk(tokens, loop.kept_tokens)
-
     raw = bool(getattr(arguments, "raw", False))
-    generator = Generator(model, codec, sampling, raw, loop, chunk)
+    generator = Generator(model, codec, sampling, raw, loop, keeper.chunk)
     batch = None
     if most > 1:
         batch = Batch(model, Passes(model, step, keeper.survive), keeper, most)
@@ -218,7 +211,7 @@ def _speculation(
     client: WeightClient,
     device: torch.device,
     count: int,
-    step: Step | None,
+    step: Steps | None,
 ) -> Speculation | None:
     """Nothing if none is wanted; nor, unless asked for, in a profile, which takes tokens for passes."""
     from engine.speculation import Speculation

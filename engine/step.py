@@ -144,6 +144,11 @@ class Step:
         return self._client.packed
 
     @property
+    def packed(self) -> bool:
+        """The same, for who asks after kernels rather than after tokens."""
+        return self.useful
+
+    @property
     def graphed(self) -> bool:
         """Whether the last token was one launch."""
         return bool(self._held)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from common.errors import StoreError, UsageError
 from common.store import Store
+from engine.token_bytes import TokenBytes
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -28,6 +29,10 @@ class Codec(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a single token stands for, which may be a part of a character."""
+        ...
+
 
 class Text:
     """The tokenizer of the store. ``raw`` leaves the chat template out."""
@@ -39,6 +44,7 @@ class Text:
             raise StoreError(
                 f"the tokenizer in {store.path} cannot be loaded: {error}: quantize again"
             ) from error
+        self._bytes: TokenBytes | None = None
         self.tokenizer.model_max_length = (
             1 << 62
         )  # it would warn: what counts is the model's context
@@ -64,6 +70,11 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def token_bytes(self, token: int) -> bytes:
+        if self._bytes is None:
+            self._bytes = TokenBytes(self.tokenizer)
+        return self._bytes(token)
+
 
 class TokenIds:
     """For stores without a tokenizer, such as random ones: a prompt is token ids in decimal."""
@@ -85,6 +96,9 @@ class TokenIds:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{i} " for i in ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.decode([token]).encode()
 
 
 def codec_for(store: Store) -> Codec:

@@ -14,6 +14,11 @@ from common.slots import Slot, SlotTable, State
 from feeder.ranked import Ranked, weight_of
 from feeder.target import NOTHING, Target
 
+#: Where a weight is listed. The first two, missing, never go with others.
+_STREAMS, _STAYS, _GRANTABLE, _READY, _LENT = 1, 2, 4, 8, 16
+_MISSING = _STREAMS | _STAYS
+_IS_READY, _IS_IN_USE = State.READY, State.IN_USE  # looked up once: `touch` is called very often
+
 
 class Agenda:
     """What the target and the slots come to.
@@ -66,37 +71,53 @@ class Agenda:
         """Something about the weight has changed: its slot, or whether it is wanted."""
         slot = self._slots.get(weight)
         wanted = weight in self.target.members
-        missing = self.missing[weight in self.keep]
+        now = 0
         if slot is None:
-            self.grantable.discard(weight)
-            self.ready.discard(weight)
-            self.lent.discard(weight)
             if wanted:
-                missing.put(weight, self.rank(weight))
+                now = _STAYS if weight in self.keep else _STREAMS
+        elif (state := slot.state) is _IS_READY or state is _IS_IN_USE:
+            # A need may lie anywhere until it is granted.
+            dispensable = weight != self.need and (not wanted or self._misplaced(slot))
+            if state is _IS_IN_USE:
+                now = _LENT if dispensable else 0
             else:
-                missing.discard(weight)
+                now = (_GRANTABLE if wanted else 0) | (_READY if dispensable else 0)
+        before = self._listed.get(weight, 0)
+        if now == before:
+            if now & _MISSING:  # its rank may be another
+                self.missing[now == _STAYS].put(weight, self.rank(weight))
             return
-        missing.discard(weight)
-        ready, lent = slot.state is State.READY, slot.state is State.IN_USE
-        if ready and wanted:
-            self.grantable.add(weight)
-        else:
+        self._listed[weight] = now
+        if gone := before & ~now:
+            self._unlist(weight, gone)
+        if new := now & ~before:
+            self._list(weight, new)
+
+    def _unlist(self, weight: int, gone: int) -> None:
+        if gone & _MISSING:
+            self.missing[gone == _STAYS].discard(weight)
+        if gone & _GRANTABLE:
             self.grantable.discard(weight)
-        # A need may lie anywhere until it is granted.
-        dispensable = weight != self.need and (not wanted or self._misplaced(slot))
-        if ready and dispensable:
-            self.ready.put(weight, self._born[weight])
-        else:
+        if gone & _READY:
             self.ready.discard(weight)
-        if lent and dispensable:
-            self.lent.put(weight, self._born[weight])
-        else:
+        if gone & _LENT:
             self.lent.discard(weight)
+
+    def _list(self, weight: int, new: int) -> None:
+        if new & _MISSING:
+            self.missing[new == _STAYS].put(weight, self.rank(weight))
+        if new & _GRANTABLE:
+            self.grantable.add(weight)
+        if new & _READY:
+            self.ready.put(weight, self._born[weight])
+        if new & _LENT:
+            self.lent.put(weight, self._born[weight])
 
     def touch_all(self) -> None:
         self.missing = (Ranked(), Ranked())
         self.grantable: set[int] = set()
         self.ready, self.lent = Ranked(), Ranked()
+        self._listed: dict[int, int] = {}  # by weight: where it is, so that most looks end there
         for weight in self.target.members:
             self.touch(weight)
         for slot in self._slots:
@@ -105,8 +126,8 @@ class Agenda:
     def next_missing(self, passed: int, stuck: Container[bool]) -> int | None:
         """The key of the most urgent one after the key ``passed``, but for the stuck regions."""
         streams, stays = self.missing
-        one = streams.after(passed) if streams and False not in stuck else None
-        other = stays.after(passed) if stays and True not in stuck else None
+        one = streams.after(passed) if streams.keys and False not in stuck else None
+        other = stays.after(passed) if stays.keys and True not in stuck else None
         if one is None or other is None:
             return one if other is None else other
         return min(one, other)

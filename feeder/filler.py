@@ -34,12 +34,13 @@ PIECE_ELEMENTS = 144 << 20
 
 class Filler(ABC):
     """``streamed_bytes``: what has crossed the link so far; ``link_bytes``: what the next fill of each
-    weight brings over it, 0 if a copy is on the device."""
+    weight brings over it, 0 if a copy is on the device; ``far``: the weights for which it is not 0."""
 
     def __init__(self, host: HostStore, recorder: Recorder = SILENT) -> None:
         self.host = host
         self.streamed_bytes = 0
         self.link_bytes = [entry.packed_bytes for entry in host.store.weights]
+        self.far = set(range(len(self.link_bytes)))
         self._recorder = recorder
 
     @abstractmethod
@@ -98,6 +99,9 @@ class CpuFiller(Filler):
         self._worker.close()
 
 
+_Views = tuple[torch.Tensor, torch.Tensor]  # codes, uint8, and scales, bf16
+
+
 @dataclass(eq=False)
 class _Piece:
     """A run of whole blocks of one weight, on its way through staging; or a copy that stays, whole."""
@@ -151,6 +155,9 @@ class CudaFiller(Filler):
         self._copies: Segment | None = None
         self._copy_at: dict[int, int] = {}  # where the copy of a weight is, or will be
         self._copied: dict[int, torch.cuda.Event] = {}  # which are there, and since when
+        self._copy_views: dict[
+            int, _Views
+        ] = {}  # of copies; to make them takes as long as a launch
 
     def use_staging(self, on: bool) -> None:
         if on and self._staging is None:
@@ -166,10 +173,12 @@ class CudaFiller(Filler):
     def use_copies(self, weights: Collection[int]) -> None:
         if self._copies is not None:
             torch.cuda.synchronize(self._memory.device)  # copies ahead may be on their way
+            self._copy_views.clear()
             self._copies.close()
             self._copies = None
             for weight in self._copied:
                 self.link_bytes[weight] = self.host.store.weights[weight].packed_bytes
+            self.far.update(self._copied)
             self._copied.clear()
         self._copy_at.clear()
         size = 0
@@ -187,7 +196,7 @@ class CudaFiller(Filler):
 
     @property
     def ahead_bytes(self) -> int:
-        return self.staging_bytes if any(self.link_bytes) else 0
+        return self.staging_bytes if self.far else 0
 
     def start(self, weight: int, slot_format: str, destination: torch.Tensor) -> Work:
         if slot_format == PACKED:
@@ -233,6 +242,8 @@ class CudaFiller(Filler):
         for staged in self._filling:
             while staged.to_free and (work := staged.to_free[0].dequantized) and work.complete():
                 self._free(staged.to_free.popleft())
+            if staged.to_free and not staged.to_copy:
+                break  # what was queued behind it need not be asked after
         while self._filling and not (self._filling[0].to_copy or self._filling[0].to_free):
             self._filling.popleft()
         room = True
@@ -245,6 +256,7 @@ class CudaFiller(Filler):
 
     def close(self) -> None:
         torch.cuda.synchronize(self._memory.device)
+        self._copy_views.clear()
         for segment in (self._staging, self._copies):
             if segment is not None:
                 segment.close()
@@ -274,6 +286,7 @@ class CudaFiller(Filler):
         self._copied[weight].record(self._copy)
         self.streamed_bytes += self.link_bytes[weight]
         self.link_bytes[weight] = 0
+        self.far.discard(weight)
 
     def _stage_copy(self, weight: int) -> _Staged:
         piece = _Piece(
@@ -308,20 +321,32 @@ class CudaFiller(Filler):
         return True
 
     def _dequantize(self, staged: _Staged, piece: _Piece) -> None:
+        assert staged.destination is not None and piece.arrived is not None
+        views = self._copy_views.get(staged.weight) if piece.stays else None
+        if views is None:  # else this stream has waited for the copy before
+            self._compute.wait_event(piece.arrived)
+            views = self._views(staged, piece)
+        out = staged.destination
+        if len(staged.pieces) > 1:
+            out = out[piece.first :][: piece.elements]
+        with self._recorder.dequantize(staged.weight, _piece_bytes(piece.elements), self._compute):
+            dequantize_into(*views, out)
+        piece.dequantized = self._memory.mark(self._compute)
+
+    def _views(self, staged: _Staged, piece: _Piece) -> _Views:
+        """The piece's codes and scales, where it lies now."""
         source = self._copies if piece.stays else self._staging
-        assert source is not None and staged.destination is not None
-        assert piece.arrived is not None
-        self._compute.wait_event(piece.arrived)
+        assert source is not None
         at = source.tensor[piece.offset_bytes :]
         size = code_bytes(piece.elements)
         scales_at = aligned(size)
         if len(staged.pieces) == 1:
             scales_at = self.host.places[staged.weight].scales_at
         scales = at[scales_at:][: 2 * scale_count(piece.elements)].view(torch.bfloat16)
-        out = staged.destination[piece.first :][: piece.elements]
-        with self._recorder.dequantize(staged.weight, _piece_bytes(piece.elements), self._compute):
-            dequantize_into(at[:size], scales, out)
-        piece.dequantized = self._memory.mark(self._compute)
+        views = at[:size], scales
+        if piece.stays:
+            self._copy_views[staged.weight] = views
+        return views
 
     def _free(self, piece: _Piece) -> None:
         if piece.stays:

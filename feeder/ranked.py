@@ -23,20 +23,16 @@ class Ranked:
     """A set of weights, each with a rank, read in the order of ranks."""
 
     def __init__(self) -> None:
-        self._keys: list[int] = []  # sorted; hundreds at most, so that moving them is nothing
+        #: Sorted, to be read only. Hundreds at most, so that moving them is nothing.
+        self.keys: list[int] = []
         self._key_of: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def __iter__(self) -> Iterator[int]:
         """In order. Must not change meanwhile."""
-        return map(weight_of, self._keys)
-
-    @property
-    def keys(self) -> list[int]:
-        """Sorted; to be read only."""
-        return self._keys
+        return map(weight_of, self.keys)
 
     def put(self, weight: int, rank: int) -> None:
         """Add the weight, or change its rank."""
@@ -45,24 +41,24 @@ class Ranked:
         if former == key:
             return
         if former is not None:
-            del self._keys[bisect_left(self._keys, former)]
+            del self.keys[bisect_left(self.keys, former)]
         self._key_of[weight] = key
-        insort(self._keys, key)
+        insort(self.keys, key)
 
     def discard(self, weight: int) -> None:
         key = self._key_of.pop(weight, None)
         if key is not None:
-            del self._keys[bisect_left(self._keys, key)]
+            del self.keys[bisect_left(self.keys, key)]
 
     def first(self) -> int:
         """The weight of the lowest rank. IndexError if there is none."""
-        return weight_of(self._keys[0])
+        return weight_of(self.keys[0])
 
     def after(self, key: int) -> int | None:
         """The smallest key above ``key``."""
-        at = bisect_right(self._keys, key)
-        return self._keys[at] if at < len(self._keys) else None
+        at = bisect_right(self.keys, key)
+        return self.keys[at] if at < len(self.keys) else None
 
     def clear(self) -> None:
-        self._keys.clear()
+        self.keys.clear()
         self._key_of.clear()

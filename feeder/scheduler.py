@@ -256,6 +256,11 @@ class Scheduler:
         return self.upcoming(limit_bytes, link_bytes) if self._stale else found
 
     @property
+    def kept(self) -> frozenset[int]:
+        """The weights that stay."""
+        return self._advisor.kept
+
+    @property
     def needed(self) -> int | None:
         """The weight that the engine is blocked on, if it is."""
         return self._agenda.need
@@ -374,12 +379,12 @@ class Scheduler:
         if offset is not None:
             return offset
         agenda, size = self._agenda, self.sizes[weight]
-        while agenda.ready:
+        while agenda.ready.keys:
             self._evict(agenda.ready.first())
             offset = self._place(weight)
             if offset is not None:
                 return offset
-        while agenda.lent and self._revoked_bytes < size:
+        while agenda.lent.keys and self._revoked_bytes < size:
             commands.append(self._revoke(agenda.lent.first()))
         if weight != agenda.need:
             return None
@@ -439,6 +444,8 @@ class Scheduler:
     def _grant(self, commands: list[Command]) -> None:
         self._follow()  # evictions may have changed it
         agenda = self._agenda
+        if not agenda.grantable:
+            return
         for weight in sorted(agenda.grantable, key=agenda.rank):
             slot = self.slots.get(weight)
             assert slot is not None

@@ -7,8 +7,10 @@ Idle, or with its engine stopped in a debugger, it sleeps in that poll and uses 
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -36,6 +38,13 @@ from feeder.strategies.base import Strategy
 from feeder.verify import Verifier
 
 UNSENT_PATIENCE_S = 0.1
+#: While device work is awaited the loop does not sleep, and looks after descriptors only so often: that
+#: takes several calls of the system, messages and events hardly any.
+LOOK_S = 0.001
+#: So long after the last event it does not sleep either: the engine's next release is near, and to be
+#: woken takes as long as a fill.
+LINGER_S = 0.0005
+GRANTS_TOGETHER = 1024  # in one message, far below what one may carry
 _MALFORMED_SHOWN = 3
 
 
@@ -89,7 +98,10 @@ class Feeder:
         self._swap = SwapRequests(self._server.send, self.scheduler, self.slots)
         self._engine: _Engine | None = None
         self._unsent: deque[p.Message] = deque()
+        self._grants: list[p.Grant] = []  # to be sent
         self._malformed = 0
+        self._on_gpu = memory.device.type == "cuda"
+        self._look_at = self._changed_at = 0.0
         self._stopping = ""
         self.link_limit = 0.0  # bytes a second, where somebody has measured it
 
@@ -108,8 +120,7 @@ class Feeder:
             self._poller.add(leash.fd)
         self._execute()
         while not self._stopping:
-            ready = self._poller.wait(self._patience_s())
-            self._wakeup.clear()
+            ready = self._wait()
             if self._signal.received:
                 raise Terminated(self._signal.received)
             if leash.fd in ready:
@@ -129,6 +140,7 @@ class Feeder:
             self._send_again()
             if changed:
                 self._execute()
+                self._changed_at = time.monotonic()
         log.info("stopping: %s", self._stopping)
 
     def close(self) -> None:
@@ -145,8 +157,18 @@ class Feeder:
         if draft is not None and not served:
             draft.close()
 
+    def _wait(self) -> set[int]:
+        """Until something may have happened; the descriptors that are readable, and were looked at."""
+        patience, now = self._patience_s(), time.monotonic()
+        if patience == 0.0 and now < self._look_at:
+            return set()
+        self._look_at = now + LOOK_S
+        ready = self._poller.wait(patience)
+        self._wakeup.clear()
+        return ready
+
     def _patience_s(self) -> float | None:
-        if len(self._fills) and self._memory.device.type == "cuda":
+        if self._on_gpu and (len(self._fills) or time.monotonic() < self._changed_at + LINGER_S):
             return 0.0  # nothing wakes a poll when an event fires; see common/wait.py
         if self._unsent:
             return UNSENT_PATIENCE_S
@@ -154,28 +176,30 @@ class Feeder:
 
     def _execute(self) -> None:
         """Carry out what the scheduler decides now."""
+        fills: list[Fill] = []
         for command in self.scheduler.step():
             match command:
                 case Fill():
-                    self._fill(command)
+                    fills.append(command)
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
                     self._send(p.Revoke(slot, generation))
+        self._send_grants()  # first, since the engine may wait for them
+        for fill in fills:
+            self._fill(fill)
         mapped = self._engine is not None and self._engine.mapped
         if self._swap.go_on(mapped, lambda: self._send(p.Retire(self.slots.segment_id))):
             self._export()
             self._execute()
-        if ahead := self._filler.ahead_bytes:
+        if (ahead := self._filler.ahead_bytes) and not self._filler.far <= self.scheduler.kept:
             upcoming = self.scheduler.upcoming(ahead, self._filler.link_bytes)
             formats = self.slots.formats
             self._filler.prefetch([weight for weight in upcoming if formats[weight] != PACKED])
 
     def _fill(self, fill: Fill) -> None:
-        data = self.slots.data(fill.weight, fill.offset_bytes)
         kind = self.slots.formats[fill.weight]
-        if kind != PACKED:
-            data = data.view(self.slots.dtype)
+        data = self.slots.destination(fill.weight, fill.offset_bytes)
         self._fills.add(self._filler.start(fill.weight, kind, data), fill.slot)
 
     def _filled(self, slot: int) -> None:
@@ -184,7 +208,7 @@ class Feeder:
         self._meter.add(self._filler.streamed_bytes)
 
     def _grant(self, grant: Grant) -> None:
-        self._send(
+        self._grants.append(
             p.Grant(
                 weight=grant.weight, slot=grant.slot, generation=grant.generation,
                 segment=self.slots.segment_id, offset_bytes=grant.offset_bytes,
@@ -192,6 +216,15 @@ class Feeder:
                 standing=grant.standing, checksum=self._check(grant.slot, "grant"),
             )
         )  # fmt: skip
+
+    def _send_grants(self) -> None:
+        """In order, and those that follow each other and are alike in one message."""
+        grants, self._grants = self._grants, []
+        for _, alike in groupby(grants, lambda grant: (grant.format, grant.standing)):
+            several = list(alike)
+            for first in range(0, len(several), GRANTS_TOGETHER):
+                some = several[first : first + GRANTS_TOGETHER]
+                self._send(some[0] if len(some) == 1 else p.Grants.of(some))
 
     def _check(self, slot_id: int, moment: str) -> int:
         """In verify mode: the slot's checksum, which has been compared with what it must be."""
@@ -254,7 +287,7 @@ class Feeder:
                 scheduler.need(weight)
             case p.Release(slots, generations):
                 for slot, generation in zip(slots, generations, strict=True):
-                    if scheduler.slots.held(slot, generation) is not None:
+                    if self._verifier and scheduler.slots.held(slot, generation) is not None:
                         self._check(slot, "release")
                     scheduler.released(slot, generation)
             case p.Plan(weights) if self._is_plan(weights):

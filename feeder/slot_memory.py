@@ -26,6 +26,8 @@ from feeder.footprint import Footprint, Limits, Room, footprints, slot_room
 from feeder.strategies.base import Strategy
 from feeder.strategies.resident import spread
 
+MAX_VIEWS = 4096  # tensors of slots that are kept; making one takes as long as a launch
+
 
 class Beside(Protocol):
     """What allocates beside the slots: the filler."""
@@ -81,6 +83,7 @@ class SlotMemory:
         share = self.fitting(strategy, cache, self.formats)
         self.capacity, self.copies = share.capacity, share.copies
         self.segment_id = SEGMENT + 1
+        self._destinations: dict[tuple[int, int], torch.Tensor] = {}  # by weight and offset
         self._segment: Segment = self._allocate()
 
     def fitting(
@@ -170,6 +173,19 @@ class SlotMemory:
         """The bytes, uint8, of ``weight`` in the slot that begins at ``offset_bytes``."""
         return self._segment.tensor[offset_bytes:][: self.weight_bytes(weight)]
 
+    def destination(self, weight: int, offset_bytes: int) -> torch.Tensor:
+        """The same as a fill writes it: bytes if it is packed there, else elements of the dtype."""
+        key = weight, offset_bytes
+        found = self._destinations.get(key)
+        if found is None:
+            if len(self._destinations) >= MAX_VIEWS:
+                self._destinations.clear()
+            found = self.data(weight, offset_bytes)
+            if self.formats[weight] != PACKED:
+                found = found.view(self.dtype)
+            self._destinations[key] = found
+        return found
+
     def weight_bytes(self, weight: int) -> int:
         """What the weight takes in a slot, less the padding."""
         elements = self.store.weights[weight].elements
@@ -187,7 +203,7 @@ class SlotMemory:
     def replace(self, strategy: Strategy, cache: Cache, slots: str, formats: list[str]) -> str:
         """A segment for another cache, or other ``formats``; no slot may be in use. "" or why it stayed
         as it was."""
-        self._segment.close()
+        self._free()
         self.segment_id += 1
         former = self.formats, self.sizes, self.footprint, self.capacity, self.copies
         try:
@@ -214,7 +230,7 @@ class SlotMemory:
     def shrink(self, size_bytes: int) -> None:
         """A segment, or copies, smaller by so many bytes, which are to be spare; no slot may be in use."""
         has = self.capacity.size_bytes + self.copies_bytes(self.copies)
-        self._segment.close()
+        self._free()
         self.segment_id += 1
         # Copies go first: slots that are fewer would make the others wait.
         all_copies, copies = sorted(self.copies), self.copies
@@ -232,4 +248,8 @@ class SlotMemory:
         )  # fmt: skip
 
     def close(self) -> None:
+        self._free()
+
+    def _free(self) -> None:
+        self._destinations.clear()
         self._segment.close()

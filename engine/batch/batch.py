@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.batch.attention import Part
 from engine.batch.passes import Passes
-from engine.batch.sequence import Owner, Sequence, Unread
+from engine.batch.sequence import Chosen, Owner, Read, Sequence, Unread
 from engine.cache import make_cache, past, rounded, windows_of
 from engine.generate import Stopped
 from engine.shortage import shortage
@@ -29,8 +29,9 @@ SHORTAGES = (MemoryShortageError, torch.OutOfMemoryError)
 class Room(Protocol):
     """Who knows what memory there is."""
 
-    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
-        """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it."""
+    def chunk(self, tokens: int, capacity: int = 0) -> int | None:
+        """How many of a prompt's ``tokens`` a pass may take, None for all; slots are made smaller for it.
+        ``capacity``: for so many there is a KV cache already."""
 
     def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
         """Whether a KV cache of ``tokens`` more and a pass of so many rows and sequences find room.
@@ -75,8 +76,8 @@ class Batch:
         chosen, unread = self._ahead or self._next_tokens()
         self._ahead = None
         self._look_ahead(chosen)
-        for sequence, (token, ended) in zip(chosen, unread.read(), strict=True):
-            self._put(sequence, token, bool(ended))
+        for sequence, found in zip(chosen, unread.read(), strict=True):
+            self._put(sequence, found)
 
     def _next_tokens(self) -> tuple[list[Sequence], Unread]:
         parts, logits = self._pass()
@@ -221,22 +222,22 @@ class Batch:
         sequence.suspend()
         self._waiting.appendleft(sequence)
 
-    def _choose(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor | None:
+    def _choose(self, sequence: Sequence, logits: torch.Tensor) -> Chosen | None:
         try:
-            found: torch.Tensor = self._passes.restfully(lambda: sequence.choose(logits))
+            found: Chosen = self._passes.restfully(lambda: sequence.choose(logits))
             return found
         except SHORTAGES as error:
             reason = _reason(error)
         self._make_room(sequence, reason)
         return None
 
-    def _put(self, sequence: Sequence, token: int, ended: bool) -> None:
+    def _put(self, sequence: Sequence, found: Read) -> None:
         try:
-            sequence.put(token)
+            sequence.put(found.token, found.measured)
         except Stopped:
             self._leave(sequence, whole=False)
             return
-        if ended:
+        if found.ended:
             self._leave(sequence, whole=True)
 
 

@@ -20,6 +20,7 @@ from engine.rows import Rows, divide
 
 if TYPE_CHECKING:
     from engine.step import Step
+    from engine.steps import Steps
 
 Survive = Callable[[Callable[[], Any], Any], Any]
 
@@ -30,7 +31,10 @@ class Passes:
     ``survive``: makes a call, again if memory ran out in it and could be had."""
 
     def __init__(
-        self, model: Any, step: Step | None = None, survive: Survive = lambda call, _: call()
+        self,
+        model: Any,
+        step: Step | Steps | None = None,
+        survive: Survive = lambda call, _: call(),
     ) -> None:
         self._model, self._step, self._survive = model, step, survive
         self._rows = Rows()
@@ -46,7 +50,8 @@ class Passes:
             return self._together(parts)
         (part,) = parts
         ids = torch.tensor([part.ids], device=self._model.device)
-        if self._fused and len(part.ids) == 1 and part.start:
+        useful = self._step is not None and self._step.useful
+        if useful and len(part.ids) == 1 and part.start:
             return [self.ahead(ids, part.cache)]
         self.rest()
         output = self._model(
@@ -75,7 +80,7 @@ class Passes:
 
     @property
     def _fused(self) -> bool:
-        return self._step is not None and self._step.useful
+        return self._step is not None and self._step.packed
 
     def rest(self) -> None:
         """Give back what a step holds: who holds leases must not wait for others."""

@@ -7,7 +7,7 @@ the same text in every company.
 from __future__ import annotations
 
 import secrets
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -30,6 +30,14 @@ class Owner(Protocol):
     def done(self, answer: Answer) -> None: ...
 
     def failed(self, error: WeightFeederError) -> None: ...
+
+
+class Chosen(NamedTuple):
+    """A token and whether it ends its text: [2]. ``measured``: for the request's logprobs, if it has any,
+    on its way to the host already."""
+
+    both: torch.Tensor
+    measured: torch.Tensor | None
 
 
 class Sequence:
@@ -82,9 +90,8 @@ class Sequence:
         self._done += len(part.ids)
         return self._done == len(self.ids)
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The token after the last, and whether it ends the text: [2], on their way to the host.
-        If memory runs out, it is as if nothing had been drawn."""
+    def choose(self, logits: torch.Tensor) -> Chosen:
+        """The token after the last. If memory runs out, it is as if nothing had been drawn."""
         before = self._random.get_state()
         try:
             return self._choose(logits)
@@ -92,7 +99,7 @@ class Sequence:
             self._random.set_state(before)
             raise
 
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor) -> Chosen:
         scores = self.request.processor(self._tokens, logits.to(torch.float32, copy=True))
         if self.request.config.do_sample:
             chances = torch.nn.functional.softmax(scores, dim=-1)
@@ -101,8 +108,11 @@ class Sequence:
             token = torch.argmax(scores, dim=-1, keepdim=True)
         tokens = torch.cat([self._tokens, token], dim=1)
         ended = self.request.criteria(tokens, scores)
+        logprobs = self.request.logprobs
+        measured = None if logprobs is None else logprobs.measure(logits, token)
+        both = torch.cat([token.view(1), ended.view(1).to(token.dtype)])
         self._tokens = tokens
-        return torch.cat([token.view(1), ended.view(1).to(token.dtype)])
+        return Chosen(both, measured)
 
     @property
     def newest(self) -> torch.Tensor:
@@ -119,30 +129,41 @@ class Sequence:
         """A pass was made over the newest token but one, before it was put."""
         self._done += 1
 
-    def put(self, token: int) -> None:
+    def put(self, token: int, measured: list[float] | None) -> None:
         """The token that was chosen. Raises Stopped if no more are wanted."""
         self.ids.append(token)
-        self.request.put(token)
+        self.request.put(token, measured)
+
+
+class Read(NamedTuple):
+    """What `Chosen` was on the device."""
+
+    token: int
+    ended: bool
+    measured: list[float] | None
 
 
 class Unread:
     """Tokens, and whether they end their texts, on their way to the host."""
 
-    def __init__(self, found: list[torch.Tensor]) -> None:
+    def __init__(self, found: list[Chosen]) -> None:
         """``found``: of each sequence, as `Sequence.choose` gives it."""
-        on_cuda = bool(found) and found[0].is_cuda
+        on_cuda = bool(found) and found[0].both.is_cuda
         self._all = torch.empty((len(found), 2), dtype=torch.int64, pin_memory=on_cuda)
         # One by one: to stack them there would take memory, and they have been chosen already.
         for row, one in zip(self._all, found, strict=True):
-            row.copy_(one, non_blocking=True)
+            row.copy_(one.both, non_blocking=True)
+        self._measured = [one.measured for one in found]
         self._event: torch.cuda.Event | None = None
         if on_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> list[list[int]]:
-        """Token and 1 or 0 of each; waits for them."""
+    def read(self) -> list[Read]:
+        """That of each; waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[list[int]] = self._all.tolist()
-        return found
+        return [
+            Read(token, bool(ended), None if measured is None else measured.tolist())
+            for (token, ended), measured in zip(self._all.tolist(), self._measured, strict=True)
+        ]

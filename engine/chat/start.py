@@ -54,9 +54,10 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
 
 @dataclass
 class _Last:
-    """The last answer, and the time in it that the engine waited for weights."""
+    """The last answer, how many tokens its prompt had, and the time that the engine waited for weights."""
 
     answer: Answer
+    prompt_tokens: int
     stall_s: float
 
 
@@ -173,11 +174,11 @@ class Chat:
                     raise Stopped
 
             try:
-                answer = self._ready.generator.answer(prompt, write, token)
+                answer = self._ready.generator.answer(prompt, write, token, reuse=True)
             finally:
                 sys.stdout.write((dimmed.end() if dimmed else "") + "\n")
                 sys.stdout.flush()
-        self._last = _Last(answer, stats.stall_s - stall_s)
+        self._last = _Last(answer, len(prompt), stats.stall_s - stall_s)
         return answer
 
     def _stats(self) -> str:
@@ -189,7 +190,8 @@ class Chat:
         stalled = min(1.0, self._last.stall_s / seconds) if seconds else 0.0
         return (
             f"{len(answer.ids)} tokens in {seconds:.2f} s: {rate:.2f} tok/s, TTFT"
-            f" {answer.ttft_s:.3f} s, stalled {100 * stalled:.0f} %; strategy"
+            f" {answer.ttft_s:.3f} s, stalled {100 * stalled:.0f} %; prompt of"
+            f" {self._last.prompt_tokens} tokens, {answer.kept} of them kept; strategy"
             f" {said.get('strategy', '?')}, cache {said.get('cache', '?')}"
         )
 

@@ -24,7 +24,7 @@ from engine.client import WeightClient
 from engine.generate import Sampling, check_length
 from engine.serve.errors import ApiError, api_error, on_api_error, on_defect, on_http_error
 from engine.serve.gate import Gate
-from engine.serve.jobs import Ended, Event, Failed, Job, Piece, Scheduler
+from engine.serve.jobs import Ended, Event, Failed, Job, Piece, Placed, Scheduler
 from engine.serve.metrics import Meters
 from engine.serve.page import Page
 from engine.serve.replies import Shape, server_sent
@@ -174,7 +174,7 @@ class App:
             check_length(len(prompt), self._model.context)
         except UsageError as error:
             raise ApiError(400, str(error), "context_length_exceeded") from error
-        sampling = self._sampling(request, max_tokens)
+        sampling, likeliest = self._sampling(request, max_tokens), request.likeliest
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -182,8 +182,10 @@ class App:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(prompt, sampling, request.stops, tell)
-        shape = Shape(isinstance(request, ChatRequest), self._model.name, len(prompt))
+        job = Job(prompt, sampling, request.stops, tell, likeliest)
+        is_chat = isinstance(request, ChatRequest)
+        spell = None if likeliest is None else self._model.codec.token_bytes
+        shape = Shape(is_chat, self._model.name, len(prompt), spell)
         try:
             self._scheduler.submit(job)
         except WeightFeederError as error:
@@ -225,13 +227,14 @@ class App:
 
 
 async def _whole(shape: Shape, events: asyncio.Queue[Event]) -> dict[str, Any]:
-    text = ""
+    text, logprobs = "", list[Placed]()
     while True:
         match await events.get():
-            case Piece(piece):
+            case Piece(piece, placed):
                 text += piece
-            case Ended(reason, tokens):
-                return shape.whole(text, reason, tokens)
+                logprobs += placed
+            case Ended() as ended:
+                return shape.whole(text, logprobs, ended)
             case Failed(error):
                 raise api_error(error)
 
@@ -246,12 +249,12 @@ async def _stream(shape: Shape, events: asyncio.Queue[Event], usage: bool) -> As
             yield b": still there\n\n"
             continue
         match event:
-            case Piece(text):
-                yield server_sent(shape.piece(text))
-            case Ended(reason, tokens):
-                yield server_sent(shape.closing(reason))
+            case Piece(text, placed):
+                yield server_sent(shape.piece(text, placed))
+            case Ended() as ended:
+                yield server_sent(shape.closing(ended.reason))
                 if usage:
-                    yield server_sent(shape.usage(tokens))
+                    yield server_sent(shape.usage(ended))
                 yield server_sent("[DONE]")
                 return
             case Failed(error):

@@ -9,32 +9,44 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.generate import Answer, Generator, Sampling, Stopped
+from engine.logprobs import Logprob, Logprobs
 from engine.pieces import StopText
 from engine.shortage import shortage
 
 
+class Placed(NamedTuple):
+    """How likely a token was whose text begins at a character of the answer's."""
+
+    offset: int
+    logprob: Logprob
+
+
 @dataclass(frozen=True)
 class Piece:
-    """The text goes on."""
+    """The text goes on. ``logprobs``: of the tokens that begin in it, if they were asked for."""
 
     text: str
+    logprobs: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The text is complete. ``reason``: stop or length."""
+    """The text is complete. ``reason``: stop or length. ``kept``: of the prompt's tokens so many were in
+    the KV cache already."""
 
     reason: str
     tokens: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ Event = Piece | Ended | Failed
 
 class Job:
     """One answer to be generated. ``tell`` gets its events, in the scheduler's thread; the last is
-    Ended or Failed, and there is none if it was cancelled."""
+    Ended or Failed, and there is none if it was cancelled. ``logprobs``: whether log probabilities are
+    wanted, and of how many of the likeliest tokens at each place beside the one that was chosen."""
 
     def __init__(
         self,
@@ -57,8 +70,10 @@ class Job:
         sampling: Sampling,
         stops: tuple[str, ...],
         tell: Callable[[Event], None],
+        logprobs: int | None = None,
     ) -> None:
         self.prompt, self.sampling, self.stops, self.tell = prompt, sampling, stops, tell
+        self.logprobs = logprobs
         self.asked = time.perf_counter()
         self.cancelled = False
 
@@ -139,6 +154,10 @@ class Telling:
         self.job, self._watcher = job, watcher
         self._stop = StopText(job.stops)
         self._seen = 0
+        #: Measures what the job wants measured.
+        self.logprobs = None if job.logprobs is None else Logprobs(job.logprobs, self._measured)
+        self._made = self._told = 0  # characters of text: with what is held back, and without
+        self._placed: deque[Placed] = deque()  # whose text is not told
 
     def begin(self) -> None:
         self._watcher.begin(self.job)
@@ -152,6 +171,7 @@ class Telling:
 
     def write(self, text: str) -> None:
         """Text is there. Raises Stopped if it ends with it."""
+        self._made += len(text)
         self._tell(self._stop.add(text))
         if self._stop.found:
             raise Stopped
@@ -162,16 +182,24 @@ class Telling:
         self._watcher.done(self.job, answer)
         if not self.job.cancelled:
             reason = "stop" if answer.ended or self._stop.found else "length"
-            self.job.tell(Ended(reason, len(answer.ids)))
+            self.job.tell(Ended(reason, len(answer.ids), answer.kept))
 
     def failed(self, error: WeightFeederError) -> None:
         """It cannot be answered."""
         self._watcher.failed(self.job)
         self.job.tell(Failed(error))
 
+    def _measured(self, logprob: Logprob) -> None:
+        self._placed.append(Placed(self._made, logprob))
+
     def _tell(self, text: str) -> None:
-        if text:
-            self.job.tell(Piece(text))
+        if not text:
+            return
+        self._told += len(text)
+        placed = []
+        while self._placed and self._placed[0].offset < self._told:
+            placed.append(self._placed.popleft())
+        self.job.tell(Piece(text, tuple(placed)))
 
 
 class Scheduler(ABC):
@@ -235,7 +263,10 @@ class OneByOne(Scheduler):
         telling = Telling(job, self._watcher)
         telling.begin()
         try:
-            answer = self._generator.answer(prompt, telling.write, telling.token, job.sampling)
+            answer = self._generator.answer(
+                prompt, telling.write, telling.token, job.sampling,
+                reuse=True, logprobs=telling.logprobs,
+            )  # fmt: skip
         except (
             UsageError,
             MemoryShortageError,

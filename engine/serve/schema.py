@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engine.serve.errors import ApiError
 
@@ -16,10 +16,12 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
+#: How many of the likeliest tokens may be named at a place, as the API has it.
+MAX_LOGPROBS_CHAT, MAX_LOGPROBS = 20, 5
 
 #: Fields that are refused, unless they have one of these values, or null, which ask for nothing.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (), "echo": (False,),
+    "n": (1,), "best_of": (1,), "echo": (False,),
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},),
@@ -89,6 +91,19 @@ class ChatRequest(_Common):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS_CHAT)
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are to be named at each place; None without log probabilities.
+        ApiError 400 if only one of the two fields asks for them."""
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            text = f"top_logprobs {self.top_logprobs} without logprobs: give logprobs true too"
+            raise ApiError(400, text, None, "top_logprobs")
+        return None
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages as chat templates take them."""
@@ -100,6 +115,17 @@ class CompletionRequest(_Common):
     """``POST /v1/completions``. A prompt may be token ids."""
 
     prompt: str | list[int]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value is False else value  # as a chat says that it wants none
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are to be named at each place; None without log probabilities."""
+        return self.logprobs
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:

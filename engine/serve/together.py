@@ -49,7 +49,9 @@ class Together(Scheduler):
         self._running.add(job)
         self._queue.waiting.discard(job)
         telling.begin()
-        return self._generator.request(prompt, telling.write, telling.token, job.sampling)
+        return self._generator.request(
+            prompt, telling.write, telling.token, job.sampling, telling.logprobs
+        )
 
     def ended(self, job: Job) -> None:
         self._running.discard(job)

@@ -89,7 +89,7 @@ def compiler(patient: Patient) -> Iterator[Finding]:
 
 def flash_attention(patient: Patient) -> Iterator[Finding]:
     if importlib.util.find_spec("flash_attn") is None:
-        found = "not installed: torch's own attention is used (README, flash-attn)"
+        found = "not installed: torch's own attention is used (docs/running.md, flash-attn)"
         yield Finding("ok", "flash-attn", found)
     else:
         version = importlib.metadata.version("flash-attn")

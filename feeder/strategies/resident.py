@@ -4,7 +4,8 @@ For a cyclic order no policy hits more than (N - k)/M, with k of the N slots lef
 (M weights in the plan): LRU and FIFO hit nothing, because each evicts what is needed soonest.
 
 Where slots are dequantized and memory is short, packed copies on the device save the link four times as
-much as slots would: first all weights get a copy, then as many as still fit get a slot instead.
+much as slots would: first all weights get a copy, then there are more slots to stream through, then as
+many weights as still fit get a slot instead of a copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from common.plan import Capacity, Plan, largest_window_bytes
 from feeder.strategies.cyclic import Cyclic
 
 STREAM_SLOTS = 4  # one read, one granted, two on the link: enough to keep the link busy
+#: The same where nothing crosses the link any more: what is left to hide is the hand-over, and that two
+#: processes take turns on the device. As many as there is room for.
+NEAR_SLOTS = (16, 8, STREAM_SLOTS)
 SPLIT_BITS = 8  # how finely memory is split between slots and copies: in parts of 1/256
 
 
@@ -47,8 +51,11 @@ class Resident(Cyclic):
     ) -> frozenset[int]:
         if sum(sizes[weight] for weight in plan.order) <= size_bytes:
             return frozenset()
-        split = _Split(plan, sizes, packed_sizes, size_bytes)
-        best = max(split.smallest(), key=split.near_bytes, default=size_bytes)
+        for streaming in NEAR_SLOTS:
+            split = _Split(plan, sizes, packed_sizes, size_bytes, streaming)
+            best = max(split.smallest(), key=split.near_bytes, default=size_bytes)
+            if split.all_near(best):
+                break
         low, high = best, size_bytes  # the largest arena beside which all others have a copy
         while split.all_near(best) and high - low > size_bytes >> SPLIT_BITS:
             middle = (low + high) // 2
@@ -59,32 +66,44 @@ class Resident(Cyclic):
         super().begin(plan, sizes, capacity)
         keep = _keep_by_count(plan, capacity.count)
         streaming = stream_slots(capacity.count, len(plan))
-        if self.copied or _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
-            keep = _keep_by_bytes(plan, sizes, capacity, self.copied)
+        if self.copied:
+            for streaming in NEAR_SLOTS:
+                keep = _keep_by_bytes(plan, sizes, capacity, streaming, self.copied)
+                if keep | self.copied >= set(plan.order):
+                    break
+        elif _split_bytes(plan, sizes, keep, streaming) > capacity.size_bytes:
+            keep = _keep_by_bytes(plan, sizes, capacity)
         self.keep = keep
 
 
 class _Split:
-    """Memory of ``size_bytes`` for an arena of slots and, in the rest, packed copies."""
+    """Memory of ``size_bytes`` for an arena of slots and, in the rest, packed copies. ``streaming``:
+    weights that are to find a slot at once beside those that stay."""
 
     def __init__(
-        self, plan: Plan, sizes: Sequence[int], packed_sizes: Sequence[int], size_bytes: int
+        self,
+        plan: Plan,
+        sizes: Sequence[int],
+        packed_sizes: Sequence[int],
+        size_bytes: int,
+        streaming: int,
     ) -> None:
         self._plan, self._sizes, self._packed = plan, sizes, packed_sizes
-        self._size_bytes = size_bytes
+        self._size_bytes, self._streaming = size_bytes, streaming
 
     def smallest(self) -> list[int]:
         """Arenas in which only the weights larger than a threshold stay."""
         order, sizes, found = self._plan.order, self._sizes, []
         for threshold in {sizes[weight] for weight in order}:
             keep = frozenset(weight for weight in order if sizes[weight] > threshold)
-            streaming = min(STREAM_SLOTS, len(order) - len(keep))
+            streaming = min(self._streaming, len(order) - len(keep))
             found.append(_split_bytes(self._plan, sizes, keep, streaming))
         return [arena for arena in found if arena <= self._size_bytes]
 
     def keep(self, arena: int) -> frozenset[int]:
         """What stays in slots."""
-        return _keep_by_bytes(self._plan, self._sizes, Capacity(len(self._plan), arena))
+        capacity = Capacity(len(self._plan), arena)
+        return _keep_by_bytes(self._plan, self._sizes, capacity, self._streaming)
 
     def copies(self, arena: int) -> frozenset[int]:
         """As many of the others as there is room for beside the arena, evenly spread."""
@@ -118,9 +137,11 @@ def _keep_by_bytes(
     plan: Plan,
     sizes: Sequence[int],
     capacity: Capacity,
+    most: int = STREAM_SLOTS,
     without: frozenset[int] = frozenset(),
 ) -> frozenset[int]:
-    """The set, none of it in ``without``, that keeps the most bytes while what streams has its slots.
+    """The set, none of it in ``without``, that keeps the most bytes while what streams has its slots,
+    ``most`` of them if there are so many weights.
 
     A weight far larger than the others would force a stream area of its size, so every set "all
     that is larger than a threshold stays" is tried, and what room is left is spread over the rest.
@@ -128,7 +149,7 @@ def _keep_by_bytes(
     total = len(plan)
 
     def fits(keep: frozenset[int]) -> bool:
-        streaming = min(STREAM_SLOTS, total - len(keep))
+        streaming = min(most, total - len(keep))
         return (
             len(keep) + streaming <= capacity.count
             and _split_bytes(plan, sizes, keep, streaming) <= capacity.size_bytes

@@ -28,6 +28,27 @@ def test_kernel_equals_reference(elements: int, dtype: torch.dtype) -> None:
     assert bool((space[size:] == POISON).all())
 
 
+def test_a_kernel_that_is_found_again_takes_other_operands() -> None:
+    """Of one size, from other places, on another stream, with scales that are aligned or not."""
+    elements, blocks = 8192 + 128, 65
+    memory = torch.zeros(blocks + 8, dtype=torch.bfloat16, device="cuda")
+    for number in range(12):
+        generator = torch.Generator().manual_seed(number)
+        codes = torch.randint(256, (elements // 2,), dtype=torch.uint8, generator=generator)
+        scales = torch.randn(blocks, generator=generator).to(torch.bfloat16)
+        there = memory[number % 3 :][:blocks]
+        there.copy_(scales)
+        dtype = [torch.bfloat16, torch.float16][number // 6]
+        out = torch.full((elements,), torch.nan, dtype=dtype, device="cuda")
+        on_device = codes.cuda()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            dequantize_into(on_device, there, out)
+        torch.cuda.synchronize()
+        expected = int4.dequantize(codes, scales, (elements,), dtype)
+        assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_operands_are_checked() -> None:
     codes = torch.zeros(64, dtype=torch.uint8, device="cuda")
     scales = torch.ones(1, dtype=torch.bfloat16, device="cuda")

@@ -30,6 +30,7 @@ GENUINE: list[p.Message] = [
     p.Plan((3, 1, 2)), p.Need(1), p.Release((0, 1), (1, 1)), p.Retired(0), p.Goodbye("bye"),
     p.Status({"uses": 1}), p.Export(9, "shm", 4096, b"/proc/self/exe", False, 0), p.Retire(3),
     p.Grant(0, 0, 1, 0, 0, 512, "dequantized", True, 0), p.Revoke(0, 1), p.Done("well"),
+    p.Grants((0, 1), (0, 1), (1, 1), 0, (0, 512), (512, 512), "dequantized", False, (0, 0)),
 ]  # fmt: skip
 
 

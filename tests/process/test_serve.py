@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from demo.sums import Sum
 from tests import processes
-from tests.processes import Room, assert_refused
+from tests.processes import DEMO, Room, assert_refused
+from tests.reference import reference_model
 from tests.serving import KEY, Serving
 
 SUM = Sum("1.1", "2.3")
@@ -107,7 +111,9 @@ def test_four_at_once_are_not_mixed(serving: Serving) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "several answers": ({"n": 2}, 400, "n 2 is not served"),
-    "logprobs": ({"logprobs": True}, 400, "logprobs true is not served"),
+    "too many logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs: Input should"),
+    "logprobs by half": ({"top_logprobs": 2}, 400, "top_logprobs 2 without logprobs: give"),
+    "logprobs in the other form": ({"logprobs": 2}, 400, "logprobs: "),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "a hot temperature": ({"temperature": 2.5}, 400, "temperature: "),
     "a temperature next to nothing": ({"temperature": 1e-30}, 400, "expected 0, or from 0.01"),
@@ -134,6 +140,87 @@ def test_refused(serving: Serving, name: str) -> None:
     assert refused.value.status_code == status
     error: Any = refused.value.body
     assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+@cache
+def demo() -> tuple[Any, Any]:
+    """Tokenizer and plain model."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    return tokenizer, reference_model(DEMO, torch.float32)
+
+
+def likelihoods(prompt: str, text: str) -> tuple[list[str], torch.Tensor]:
+    """The tokens of ``text``, and the plain model's log probabilities of all tokens at their places."""
+    tokenizer, model = demo()
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    with torch.inference_mode():
+        logits = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+    return tokenizer.batch_decode([[token] for token in ids]), torch.log_softmax(logits, -1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_logprobs_of_a_chat(serving: Serving) -> None:
+    """Of the model's own distribution, whatever the sampling; a stream says the same."""
+    asked: Any = {
+        "logprobs": True,
+        "top_logprobs": 20,
+        "stop": " write",
+        "seed": 5,
+        "max_tokens": 40,
+    }
+    asked["temperature"] = 0.7
+    (choice,) = chat(serving, SUM.prompt, **asked).choices
+    text, content = choice.message.content, choice.logprobs.content
+    assert text and text.endswith("=0") and choice.logprobs.refusal is None
+    prompt = f"<|im_start|>user\n{SUM.prompt}<|im_end|>\n<|im_start|>assistant\n"
+    tokens, expected = likelihoods(prompt, text)
+    assert [one.token for one in content] == tokens  # and not the stop string's
+    assert all(bytes(one.bytes).decode() == one.token for one in content)
+    for one, row in zip(content, expected, strict=True):
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(
+            row.topk(20).values.tolist(), abs=1e-3
+        )
+        assert one.logprob in [top.logprob for top in one.top_logprobs]
+    streamed: list[Any] = []
+    for chunk in chat(serving, SUM.prompt, stream=True, **asked):
+        logprobs = chunk.choices[0].logprobs
+        assert bool(logprobs) == bool(chunk.choices[0].delta.content)
+        streamed += logprobs.content if logprobs else []
+    assert [one.token for one in streamed] == tokens
+    assert [one.logprob for one in streamed] == pytest.approx([one.logprob for one in content])
+    without = chat(serving, SUM.prompt, **asked | {"top_logprobs": None})
+    assert [one.top_logprobs for one in without.choices[0].logprobs.content] == [[]] * len(tokens)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_logprobs_of_a_completion(serving: Serving) -> None:
+    client = serving.client()
+    asked: Any = {"model": "store", "prompt": SUM.prompt, "logprobs": 5, "max_tokens": 25}
+    (choice,) = client.completions.create(**asked).choices
+    found: Any = choice.logprobs
+    tokens, expected = likelihoods(SUM.prompt, choice.text)
+    assert found.tokens == tokens and "".join(found.tokens) == choice.text
+    assert found.text_offset == [sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    for token, value, top, row in zip(
+        tokens, found.token_logprobs, found.top_logprobs, expected, strict=True
+    ):
+        assert top[token] == value == pytest.approx(row.max().item(), abs=1e-3)  # it is greedy
+        assert sorted(top.values(), reverse=True) == pytest.approx(
+            row.topk(5).values.tolist(), abs=1e-3
+        )
+    offsets: list[int] = []
+    for chunk in client.completions.create(**asked, stream=True):
+        logprobs = chunk.choices[0].logprobs
+        offsets += logprobs.text_offset if logprobs else []
+    assert offsets == found.text_offset
+    none = client.completions.create(**asked | {"logprobs": 0, "max_tokens": 3}).choices[0].logprobs
+    assert [list(top) for top in none.top_logprobs] == [[token] for token in tokens[:3]]  # type: ignore
+    assert client.completions.create(**asked | {"logprobs": False}).choices[0].logprobs is None
+    with pytest.raises(
+        openai.BadRequestError, match="logprobs: Input should be less than or equal"
+    ):
+        client.completions.create(**asked | {"logprobs": 6})
 
 
 def test_what_asks_for_nothing_is_taken(serving: Serving) -> None:

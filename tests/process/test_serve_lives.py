@@ -51,6 +51,30 @@ def test_a_seed_is_the_command_lines(serving: Serving, long_text: list[str]) -> 
     assert again.choices[0].text == text
 
 
+def test_a_conversation_goes_on(serving: Serving) -> None:
+    """What the last request has left is not computed again, and changes nothing."""
+    client = serving.client()
+
+    def ask(prompt: list[int], tokens: int = 12) -> tuple[list[int], int, Any]:
+        fields: Any = ASKED | {"prompt": prompt, "max_tokens": tokens, "logprobs": 2}
+        answer = client.completions.create(**fields)
+        details: Any = answer.usage and answer.usage.prompt_tokens_details
+        (choice,) = answer.choices
+        return [int(token) for token in choice.text.split()], details.cached_tokens, choice.logprobs
+
+    prompt = [5, 17, 300, 2, 7]
+    first, kept, _ = ask(prompt)
+    assert kept <= 4  # the template of other tests' requests
+    longer = [*prompt, *first, 44, 3]
+    second, kept, logprobs = ask(longer)
+    assert kept == len(prompt) + len(first) - 1  # the last token was not computed
+    assert ask([9, 9])[1] == 0
+    again, kept, likewise = ask(longer)
+    assert (again, kept) == (second, 0)
+    assert likewise.tokens == logprobs.tokens
+    assert likewise.token_logprobs == pytest.approx(logprobs.token_logprobs, abs=1e-3)
+
+
 def test_what_this_store_cannot_do(serving: Serving) -> None:
     client = serving.client()
     messages: Any = [{"role": "user", "content": "1"}]

@@ -60,7 +60,7 @@ def build(family: str = "Qwen2", **changes: Any) -> Any:
 class Roomy:
     """Room for everything."""
 
-    def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
+    def chunk(self, tokens: int, capacity: int = 0) -> int | None:
         return None
 
     def fits(self, tokens: int, rows: int, sequences: int, piece: tuple[int, int] = (0, 0)) -> bool:
@@ -209,9 +209,11 @@ class Eager:
         self.lengths: list[int] = []
         self.graphed = False
 
+    packed = False  # the kernels for several are none for the CPU
+
     @property
     def useful(self) -> bool:
-        """The kernels for several are none for the CPU."""
+        """While a sequence is alone."""
         return self.batch is not None and self.batch.running == 1
 
     def __call__(self, token: torch.Tensor, kept: Any) -> torch.Tensor:
@@ -427,8 +429,8 @@ def test_memory_of_who_has_left_is_not_kept_from_others() -> None:
     told: list[tuple[int, int]] = []
 
     class Asked(Roomy):
-        def chunk(self, tokens: int, kept_tokens: int = 0) -> int | None:
-            told.append((tokens, kept_tokens))
+        def chunk(self, tokens: int, capacity: int = 0) -> int | None:
+            told.append((tokens, capacity))
             return None
 
     batch = Batch(shared()[0], shared()[2], Asked(), 8)

@@ -18,6 +18,7 @@ from common.footprint import (
     kv_bytes,
     model_context,
     pass_tokens,
+    prompt_bytes,
     split_bytes,
 )
 from common.shapes import SHAPES
@@ -125,6 +126,18 @@ def test_passes_become_shorter_down_to_a_step() -> None:
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 5
     short = footprints(store(BIG), torch.bfloat16, CUDA, Limits(context=7), 0, False)
     assert [f.pass_tokens for f in short] == [7]
+
+
+def test_what_is_known_of_a_prompt_takes_no_pass() -> None:
+    """A turn of a long conversation: 60 tokens behind 7940."""
+    whole, turn = (prompt_bytes(BIG, 8000, known, 2) for known in (0, 7940))
+    assert whole == activation_bytes(BIG, 8000, 2)
+    assert turn == split_bytes(BIG, 8000, 60, 2) < whole / 5
+    room = kv_bytes(BIG, 8000, 2) + turn
+    assert pass_tokens(BIG, 8000, 2, room, known=7940) == 60
+    assert pass_tokens(BIG, 8000, 2, room) < 8000
+    assert pass_tokens(BIG, 8000, 2, 0, known=7940) == 60  # less than a step is not split
+    assert pass_tokens(BIG, 8000, 2, 0, known=4000) == PASS_STEP
 
 
 sizes = st.integers(1, 100 * GB)

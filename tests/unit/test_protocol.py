@@ -16,6 +16,7 @@ from common.errors import ProtocolError
 V = p.VERSION
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+OF_EACH_GRANT = [f.name for f in dataclasses.fields(p.Grants) if f.type == "Numbers"]
 INTEGERS = st.integers(0, p.MAX_INT)
 TEXTS = st.text(max_size=40)  # hypothesis makes no surrogates, which no UTF-8 can carry
 SCALARS = (
@@ -41,7 +42,17 @@ def legal(cls: type[p.Message]) -> st.SearchStrategy[p.Message]:
     if cls is p.Release:
         pairs = st.lists(st.tuples(INTEGERS, INTEGERS), max_size=8)
         return pairs.map(lambda x: p.Release(tuple(a for a, _ in x), tuple(b for _, b in x)))
+    if cls is p.Grants:
+        rest = {name: found for name, found in fields.items() if hints[name] != p.Numbers}
+        rows = st.lists(st.tuples(*[INTEGERS] * len(OF_EACH_GRANT)), max_size=8)
+        return st.builds(grants, rows, **rest)
     return st.builds(cls, **fields)
+
+
+def grants(rows: list[tuple[int, ...]], **rest: Any) -> p.Grants:
+    """Of such grants, a row of numbers for each."""
+    columns = zip(*rows, strict=True) if rows else [()] * len(OF_EACH_GRANT)
+    return p.Grants(**dict(zip(OF_EACH_GRANT, columns, strict=True)), **rest)
 
 
 MESSAGES = st.one_of(*map(legal, p.TYPES.values()))
@@ -156,7 +167,7 @@ def test_no_version_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["", "Stop", "stop ", "grants", "x" * 5000, 0, None, b"stop", ["a"]]
+    "kind", ["", "Stop", "stop ", "granted", "x" * 5000, 0, None, b"stop", ["a"]]
 )
 def test_an_unknown_type_is_refused(kind: Any) -> None:
     assert "expected one of hello, welcome, export" in refused(packed(p.Stop(), t=kind))
@@ -237,6 +248,9 @@ def test_the_limits_themselves_are_legal(cls: type[p.Message], name: str, declar
         changes = {name: value}
         if cls is p.Release:
             changes = {"slots": value, "generations": value}
+        if cls is p.Grants and declared == p.Numbers:
+            # Six lists of the most items are too large together.
+            changes = dict.fromkeys(OF_EACH_GRANT, value[: p.MAX_ITEMS // 4])
         message = dataclasses.replace(example(cls), **changes)
         assert p.decode(p.encode(message)) == message
 
@@ -248,6 +262,21 @@ def test_a_release_names_one_generation_a_slot() -> None:
         assert "one generation a slot" in refused(
             packed(p.Release((), ()), slots=slots, generations=generations)
         )
+
+
+def test_grants_have_one_item_a_grant_in_each_list() -> None:
+    whole = grants(
+        [(1, 2, 3, 4, 5, 6), (7, 8, 9, 10, 11, 12)], segment=13, format="x", standing=True
+    )
+    assert list(whole.each()) == [
+        p.Grant(1, 2, 3, 13, 4, 5, "x", True, 6), p.Grant(7, 8, 9, 13, 10, 11, "x", True, 12),
+    ]  # fmt: skip
+    assert p.Grants.of(list(whole.each())) == whole
+    for name in OF_EACH_GRANT:
+        for other in ((), (1,), (1, 2, 3)):
+            with pytest.raises(ProtocolError, match="one item a grant"):
+                p.encode(dataclasses.replace(whole, **{name: other}))
+            assert "one item a grant" in refused(packed(whole, **{name: other}))
 
 
 def test_a_message_that_is_too_large_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Which models the fused step is for: what it does not compute, it refuses, with the reason."""
+"""Which models the steps are for: what they do not compute, they refuse, with the reason."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.families import FAMILIES
+from engine.dense_step import unfit
 from engine.step import misfit, supports
 from tests.families import MODELS, WINDOW, theirs
 
@@ -78,3 +79,23 @@ def test_models_of_the_other_tests() -> None:
     assert all(reasons.values()), reasons  # all have small heads, if nothing else
     fits = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 128}
     assert f"its window of {WINDOW} is shorter" in misfit(build(MODELS["mistral"] | fits))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "qwen2"}, ""),
+        ({"model_type": "llama", "mlp_bias": True, "hidden_act": "gelu", "head_dim": 48}, ""),
+        ({"model_type": "qwen3"}, "there is none for the family qwen3"),
+        ({"model_type": "mistral", "sliding_window": 511}, "its window of 511 is shorter than its"),
+        ({"model_type": "mistral", "sliding_window": None}, ""),
+    ],
+)
+def test_what_the_dense_step_does_not_do(changes: dict[str, Any], reason: str) -> None:
+    model = build(FITS | changes)
+    model.set_attn_implementation("sdpa")
+    found = unfit(model)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    if not reason:
+        model.set_attn_implementation("eager")
+        assert unfit(model) == "its attention is eager"

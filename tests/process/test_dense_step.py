@@ -1,0 +1,58 @@
+"""Single tokens with dequantized slots: transformers' logits to the last bit, without its modules.
+
+Here without CUDA graphs; tests/gpu/test_cuda_dense_step.py has them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import protocol as p
+from engine.cache import make_cache
+from engine.dense_step import DenseStep
+from feeder.quantize import quantize_checkpoint
+from tests import fed, lives
+from tests.checkpoints import make_model
+from tests.processes import Room
+from tests.reference import reference_model
+from tests.stepping import LAYER, assert_stepped_as_plain
+
+TOKENS = 10
+
+
+def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None:
+    config = LAYER | {"model_type": "qwen2", "tie_word_embeddings": True}
+    checkpoint = make_model(tmp_path / "model", config)
+    quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
+    reference = reference_model(checkpoint, torch.float32)
+    flags = ("--slots=dequantized", "--cache=2")
+    with fed.model(room, tmp_path / "store", *flags) as (model, engine):
+        step = DenseStep(model, engine.client)
+        assert_stepped_as_plain(step, model, reference, TOKENS)
+        for strategy, cache in (("resident", "7"), ("ring", "-1")):
+            lives.ask(room, p.Swap(strategy, cache))
+            assert_stepped_as_plain(step, model, reference, TOKENS)
+        assert step.useful
+        # On the CPU a packed slot's product is that of a dequantized one, so this shows nowhere.
+        lives.ask(room, p.Swap("", "", "packed"))
+        assert_stepped_as_plain(step, model, reference, TOKENS)
+        assert not step.useful
+        cache = make_cache(model.config.num_hidden_layers, 256)
+        ids = torch.zeros((1, 256), dtype=torch.int64)
+        with torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with pytest.raises(ValueError, match="the cache holds 256 tokens, and all are there"):
+            step(ids[:, :1], cache)
+
+
+def test_another_family_in_another_dtype(room: Room, tmp_path: Path) -> None:
+    config = LAYER | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+    checkpoint = make_model(tmp_path / "model", config | {"hidden_act": "gelu"})
+    quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
+    reference = reference_model(checkpoint, torch.bfloat16)
+    flags = ("--slots=dequantized", "--cache=3", "--dtype=bfloat16")
+    with fed.model(room, tmp_path / "store", *flags) as (model, engine):
+        assert_stepped_as_plain(DenseStep(model, engine.client), model, reference, TOKENS)
