@@ -79,10 +79,11 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, BIAS: tl.constexpr, RUN: tl.constexpr, MODE: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
-    ASM: tl.constexpr,
+    EARLY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs for each slice, the last of which finishes it, AT_ONCE rows at a time. Operands
-    are those of `one_token.product_kernel`, but for these.
+    """One of PARTS programs for each slice, the last of which finishes it, AT_ONCE rows at a time. EARLY:
+    the kernel after may begin when all programs have begun, not only when x is there. Operands are those
+    of `one_token.product_kernel`, but for these.
 
     operand      shape            dtype        layout
     parts        [PARTS, rows]    fp32         scratch; rows: of all weights; PARTS: of RUNS runs in a row
@@ -105,6 +106,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     )
     factor_a = _scales(scales + scale_a, local_a, part, runs, TILE, RUNS, RUN)
     factor_b = _scales(scales + scale_b, local_b, part, runs, TILE, RUNS, RUN)
+    if PDL and EARLY:
+        _say("griddepcontrol.launch_dependents;")
     for tile in tl.range(first, last, num_stages=STAGES):
         row, local_a, local_b, code_a, code_b, _, _, slot_b = _where(
             tile, code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, TILE, MODE
@@ -126,7 +129,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
                 # From here on what the kernel before has written is read. That x is read later is said
                 # by its address: the compiler moves what nothing is needed of yet.
                 waited = _say("griddepcontrol.wait;")
-                _say("griddepcontrol.launch_dependents;")
+                if not EARLY:
+                    _say("griddepcontrol.launch_dependents;")
             x0, x1, x2, x3, x4, x5, x6, x7, x8 = _x(planes + waited * 4, part * SIZE, stride, SIZE)
             if NORM:
                 factor = factor_of(sums + waited, sum_count, K, eps, SUMS)

@@ -48,13 +48,15 @@ class OneTokenCut:
 class RingCut:
     """How the product of one token is shared among programs that stay: each takes a part of K, 1024, two
     times ``tile`` rows at a time; ``stages`` of the ring, of which all but one hold codes; programs on a
-    multiprocessor at most, and registers of a thread."""
+    multiprocessor at most, and registers of a thread; ``early``: the kernel after may begin when all
+    programs have begun."""
 
     tile: int = 8
     stages: int = 3
     per_processor: int = 12
     registers: int = 128
     warps: int = 1
+    early: bool = False
 
     def parts(self, columns: int) -> int:
         """How many sums of a row need scratch memory."""
@@ -359,7 +361,7 @@ def _ring(
         BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
         AT_ONCE=min(128, max(2 * cut.tile, triton.next_power_of_2(at_once + 1) // 2)),
-        PDL=epilogue.pdl, ASM=not interpreted(),
+        PDL=epilogue.pdl, EARLY=cut.early, ASM=not interpreted(),
         num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return tiles

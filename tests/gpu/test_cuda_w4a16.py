@@ -78,7 +78,7 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 80, 2))
     for programs in (12, 4, 1, 100):
         again, alone = torch.full_like(y, torch.nan), torch.full_like(y, torch.nan)
-        cut = RingCut(8, 3, programs, 80, 2)
+        cut = RingCut(8, 3, programs, 80, 2, early=programs != 4)
         multiply_one(planes, weights, None, again, scratch, pdl, cut)
         for weight, part in zip(weights, alone.split(rows), strict=True):
             multiply_one(planes, [weight], None, part, scratch, pdl, cut)
