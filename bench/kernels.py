@@ -96,15 +96,16 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
 Cut = OneTokenCut | RingCut | TokensCut
 
 
-#: Stages, programs on a multiprocessor, registers: as many as fit, and fewer with a longer ring.
+#: Stages, programs on a multiprocessor, registers, warps: as many as fit, and fewer with a longer ring.
 RINGS = (
-    (3, 13, 128),
-    (3, 12, 128),
-    (3, 10, 128),
-    (3, 8, 128),
-    (4, 9, 144),
-    (4, 8, 144),
-    (2, 13, 152),
+    (3, 13, 112, 1),
+    (3, 12, 128, 1),
+    (3, 12, 80, 2),
+    (3, 13, 72, 2),
+    (3, 8, 80, 2),
+    (3, 6, 80, 2),
+    (4, 8, 96, 2),
+    (4, 8, 64, 4),
 )
 
 
@@ -112,8 +113,8 @@ def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     """What is tried."""
     total = sum(rows)
     if tokens == 1:
-        for stages, programs, registers in RINGS:
-            yield RingCut(8, stages, programs, registers)
+        for ring in RINGS:
+            yield RingCut(8, *ring)
         tried = itertools.product((4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 4, 8))
         for tile, runs, warps, split in tried:
             words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile

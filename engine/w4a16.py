@@ -25,6 +25,7 @@ from engine.packed_weight import Packed
 from engine.ring import UNIT, ring_kernel
 
 MAX_WEIGHTS = 3
+SUMS_A_WARP = 2048  # at the end of a slice: 64 registers of a thread
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ class OneTokenCut:
 
 @dataclass(frozen=True)
 class RingCut:
-    """How the product of one token is shared among programs that stay: a unit is two tiles of ``tile``
-    rows by 1024 of K; ``stages`` of the ring, of which all but one hold units; programs on a
-    multiprocessor at most, and registers of a thread."""
+    """How the product of one token is shared among programs that stay: each takes a part of K, 1024, two
+    times ``tile`` rows at a time; ``stages`` of the ring, of which all but one hold codes; programs on a
+    multiprocessor at most, and registers of a thread; ``early``: the kernel after may begin when all
+    programs have begun."""
 
     tile: int = 8
     stages: int = 3
     per_processor: int = 12
     registers: int = 128
+    warps: int = 1
+    early: bool = False
 
     def parts(self, columns: int) -> int:
         """How many sums of a row need scratch memory."""
@@ -341,22 +345,24 @@ def _ring(
     rows, columns, total, run, places = _places(weights, 4)
     glu = epilogue.mode == int(one_token.GLU)
     tiles = rows[0] // cut.tile if glu else total // (2 * cut.tile)
-    units = triton.cdiv(columns, UNIT)
-    scratch.hold(units * total, tiles)
+    parts = triton.cdiv(columns, UNIT)
+    slices = max(1, min(cut.per_processor * processors(planes.device) // parts, tiles))
+    scratch.hold(parts * total, slices)
+    at_once = SUMS_A_WARP * cut.warps // (2 * parts if glu else parts)
     sums = epilogue.sums
     unused = scratch.parts if y is None else y
-    programs = min(cut.per_processor * processors(planes.device), tiles * units)
-    ring_kernel[(programs,)](
+    ring_kernel[(slices * parts,)](
         planes, weights[0].codes.view(torch.int32), weights[0].scales,
         bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
-        *places, rows[0] if glu else total, columns, tiles,
+        *places, rows[0] if glu else total, tiles,
         sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
         epilogue.planes, epilogue.next_sums,
-        TILE=cut.tile, RUNS=UNIT // run, UNITS=units, STAGES=cut.stages, BIAS=bias is not None,
-        RUN=run, MODE=epilogue.mode, NORM=sums is not None,
+        K=columns, TILE=cut.tile, RUNS=UNIT // run, PARTS=parts, STAGES=cut.stages,
+        BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        PDL=epilogue.pdl, ASM=not interpreted(),
-        num_warps=1, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
+        AT_ONCE=min(128, max(2 * cut.tile, triton.next_power_of_2(at_once + 1) // 2)),
+        PDL=epilogue.pdl, EARLY=cut.early, ASM=not interpreted(),
+        num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return tiles
 

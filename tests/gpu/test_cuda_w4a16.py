@@ -41,6 +41,8 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
         RingCut(8, 3, 12, 128),
         RingCut(8, 4, 3, 128),
         RingCut(8, 2, 100, 128),
+        RingCut(8, 3, 12, 80, 2),
+        RingCut(8, 4, 1, 64, 4),
     ]
     several = [
         TokensCut(32, 2, False, 2, 3),
@@ -73,10 +75,10 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     scratch, pdl = Scratch(x.device), Epilogue(pdl=dependent_launch(x.device))
     planes = spread(x)
     y = torch.empty(sum(rows), device="cuda")
-    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 128))
+    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 80, 2))
     for programs in (12, 4, 1, 100):
         again, alone = torch.full_like(y, torch.nan), torch.full_like(y, torch.nan)
-        cut = RingCut(8, 3, programs, 128)
+        cut = RingCut(8, 3, programs, 80, 2, early=programs != 4)
         multiply_one(planes, weights, None, again, scratch, pdl, cut)
         for weight, part in zip(weights, alone.split(rows), strict=True):
             multiply_one(planes, [weight], None, part, scratch, pdl, cut)
