@@ -31,8 +31,8 @@ from common.blocks import code_bytes, packed_bytes, scale_count
 from engine.cuts import tokens_cut
 from engine.packed_weight import Packed
 from engine.w4a16 import (
+    RING,
     Epilogue,
-    OneTokenCut,
     RingCut,
     Scratch,
     TokensCut,
@@ -93,14 +93,14 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 5) -> float:
     return min(times[1:])
 
 
-Cut = OneTokenCut | RingCut | TokensCut
+Cut = RingCut | TokensCut
 
 
 #: Stages, programs on a multiprocessor, registers, warps: as many as fit, and fewer with a longer ring.
 RINGS = (
+    (3, 12, 80, 2),
     (3, 13, 112, 1),
     (3, 12, 128, 1),
-    (3, 12, 80, 2),
     (3, 13, 72, 2),
     (3, 8, 80, 2),
     (3, 6, 80, 2),
@@ -114,13 +114,7 @@ def cuts(tokens: int, rows: list[int], columns: int) -> Iterable[Cut]:
     total = sum(rows)
     if tokens == 1:
         for ring in RINGS:
-            yield RingCut(8, *ring)
-        tried = itertools.product((4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 4, 8))
-        for tile, runs, warps, split in tried:
-            words = tile * runs * 16 // (warps * 32)  # of a thread, in each tile
-            programs = total // (2 * tile) * split
-            if words in (4, 8) and tile * runs < 32 * warps and 264 <= programs <= 8000:
-                yield OneTokenCut(tile, runs, split, warps, merged=True)
+            yield RingCut(*ring)
         return
     chosen = tokens_cut(tuple(rows), columns).parts
     # The order of sums follows from the parts: more of them are for all products of these columns, or none.
@@ -140,7 +134,7 @@ def product(
     if tokens == 1:
         assert not isinstance(cut, TokensCut)
         pdl = dependent_launch(planes.device)
-        multiply_one(planes, weights, None, y, scratch, Epilogue(pdl=pdl), cut)
+        multiply_one(planes, weights, None, y, scratch, Epilogue(pdl=pdl), cut or RING)
     else:
         assert cut is None or isinstance(cut, TokensCut)
         multiply_tokens(planes, tokens, weights, None, y, scratch, cut)
@@ -204,7 +198,11 @@ def compile_share(arguments: argparse.Namespace) -> None:
     for rows, columns in (SHAPES[name] for name in arguments.products):
         for tokens in arguments.tokens:
             for cut in cuts(tokens, rows, columns):
-                key = (tokens == 1, len(rows), cut)
+                key = (
+                    columns if tokens == 1 else 0,
+                    len(rows),
+                    cut,
+                )  # of one token, K is compiled in
                 if key not in seen:
                     seen.add(key)
                     work.append((rows, columns, tokens, cut))

@@ -1,4 +1,4 @@
-"""How products are cut: what `python -m bench.kernels tune` found on an H100, as rules for all shapes.
+"""How products of several tokens are cut: what `python -m bench.kernels tune` found on an H100, as rules.
 
 The order in which a row's products are summed depends on K alone. Weights that share an input are
 multiplied together if all are granted, and one by one if not: that must not show in the result.
@@ -9,23 +9,9 @@ from __future__ import annotations
 from functools import cache
 from math import gcd
 
-from engine.w4a16 import OneTokenCut, RingCut, TokensCut
+from engine.w4a16 import TokensCut
 
-MANY = 4000  # programs: so many that larger ones pay
-FEW = 640
-RUNS = 4  # of a turn of the one-token kernel: 512 elements
-
-
-@cache
-def one_token_cut(rows: tuple[int, ...], columns: int) -> OneTokenCut | RingCut:
-    """For one token, weights of so many ``rows``, and ``columns``.
-
-    Eight rows a tile and four runs a turn make a short program that reads 256 bytes of a row at once;
-    long rows are split, so that no program takes many turns.
-    """
-    total, common = sum(rows), gcd(*rows)
-    tile = 16 if total // 32 >= MANY and common % 32 == 0 else 8
-    return OneTokenCut(tile, RUNS, _power_of_two(columns / (2 * RUNS * 128) / 6), 4)
+FEW = 640  # programs: so few that K is split
 
 
 @cache

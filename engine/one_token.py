@@ -1,4 +1,4 @@
-"""The products of one token with packed weights, and what a decoding step does between them.
+"""What a decoding step of one token does beside its products, and how x and codes come together in those.
 
 y = W x, where W [N, K] is INT4 in blocks of 128 with bf16 scales, read once, as it is packed; codes become
 floats in registers, products are accumulated in fp32. x comes spread over planes: eight codes of a 32-bit
@@ -6,12 +6,10 @@ word become floats by placing each nibble in the mantissa of 128 (an idea of Kim
 Can't Run", 2022), so element j of every eight lies in plane j, and plane 8 holds what the codes of a word
 are too large by, all together. Whoever computes x writes it in that form. What follows a product (bias,
 residual, gate, the next norm's weights) is done by the program that has the row, so that a layer of a
-Qwen2 is four products and two launches of attention.
+Qwen2 is four products (`engine.ring`) and two launches of attention.
 
-Where there are few rows, K is split; the last program of a row to finish adds the parts in their fixed
-order, so that results do not depend on timing (stream-K's fix-up, Osama et al., 2023). Programmatic
-dependent launch (``PDL``, compute capability 9.0) lets a kernel load its first codes while the one before
-it ends.
+Programmatic dependent launch (``PDL``, compute capability 9.0) lets a kernel load what it can while the
+one before it ends.
 """
 
 from __future__ import annotations
@@ -23,9 +21,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 #: See `_spread`: what the exponent bits of the low half add to the high code, 0x4300 / 2**16 - 128 / 2**16.
 OFFSET = tl.constexpr(0.259765625)
 PLAIN = tl.constexpr(0)  # y = W x + bias
-RESIDUAL = tl.constexpr(
-    1
-)  # hidden += W x; hidden times the next norm's weights, spread; squares summed
+#: hidden += W x; hidden times the next norm's weights, spread; squares summed
+RESIDUAL = tl.constexpr(1)
 GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 
@@ -57,45 +54,6 @@ def _eight(  # type: ignore[no-untyped-def]
     product = tl.fma(high, x7, tl.fma(low, x3, product))
     low, high = _pair(word, 12, ASM)
     return tl.fma(high, x6, tl.fma(low, x2, product))
-
-
-@triton.jit
-def _codes(words, scales, first, run, runs, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The words [rows, runs, words] of some runs, and their scales [rows, runs]. Beyond the row it is
-    those of the last run again: nobody reads them, or x is 0 there.
-
-    Scales are fewer than threads, so they are loaded in the layout of the products, for free. Codes are
-    read once: they pass by the L1 cache, which x needs."""
-    WORDS: tl.constexpr = RUN // 8
-    there = tl.minimum(run, runs - 1)
-    column = there[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    data = tl.load(words + column[None, :, :], cache_modifier=".cg")
-    return data, tl.load(scales + ((first + there[None, :]) * RUN) // 128)
-
-
-@triton.jit
-def _planes(planes, run, stride, RUN: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x of some runs, [1, runs, words] of each plane; 0 beyond the row, where there may be none if EVEN."""
-    WORDS: tl.constexpr = RUN // 8
-    column = run[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    at, mask = planes + column, column < stride
-    return (
-        _plane(at, mask, EVEN),
-        _plane(at + stride, mask, EVEN),
-        _plane(at + 2 * stride, mask, EVEN),
-        _plane(at + 3 * stride, mask, EVEN),
-        _plane(at + 4 * stride, mask, EVEN),
-        _plane(at + 5 * stride, mask, EVEN),
-        _plane(at + 6 * stride, mask, EVEN),
-        _plane(at + 7 * stride, mask, EVEN),
-        _plane(at + 8 * stride, mask, EVEN),
-    )
-
-
-@triton.jit
-def _plane(at, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    x = tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0)
-    return x[None, :, :]
 
 
 @triton.jit
@@ -141,147 +99,6 @@ def factor_of(sums, sum_count, K, eps, SUMS: tl.constexpr):  # type: ignore[no-u
     index = tl.arange(0, SUMS)
     squares = tl.sum(tl.load(sums + index, mask=index < sum_count, other=0.0), 0)
     return tl.rsqrt(squares / K + eps)
-
-
-@triton.jit
-def _end(  # type: ignore[no-untyped-def]
-    a, b, row, total, K, bias, y, sums, sum_count, eps, hidden, norm, next_planes, next_sums, pid,
-    TILE: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """What is done with the finished rows, a [TILE] and b [TILE]."""
-    rows = row + tl.arange(0, TILE)
-    if NORM:
-        factor = factor_of(sums, sum_count, K, eps, SUMS)
-        a, b = a * factor, b * factor
-    if MODE == GLU:
-        _spread(a * tl.sigmoid(a) * b, row, next_planes, total // 8, TILE)
-    elif MODE == RESIDUAL:
-        a += tl.load(hidden + rows)
-        b += tl.load(hidden + rows + TILE)
-        tl.store(hidden + rows, a)
-        tl.store(hidden + rows + TILE, b)
-        tl.store(next_sums + pid, tl.sum(a * a, 0) + tl.sum(b * b, 0))
-        _spread(a * tl.load(norm + rows).to(tl.float32), row, next_planes, total // 8, TILE)
-        norm_b = tl.load(norm + rows + TILE).to(tl.float32)
-        _spread(b * norm_b, row + TILE, next_planes, total // 8, TILE)
-    else:
-        if BIAS:
-            a += tl.load(bias + rows).to(tl.float32)
-            b += tl.load(bias + rows + TILE).to(tl.float32)
-        tl.store(y + rows, a.to(y.dtype.element_ty))
-        tl.store(y + rows + TILE, b.to(y.dtype.element_ty))
-
-
-@triton.jit
-def product_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
-    planes, words, scales, bias, y, parts, counters,
-    code0, code1, code2, scale0, scale1, scale2, rows0, rows1, total, K,
-    sums, sum_count, eps, hidden, norm, next_planes, next_sums,
-    TILE: tl.constexpr, RUNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-    RUN: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """One program multiplies two tiles of TILE rows with its part of K, RUNS runs of RUN (64 or 128) at a
-    time; with two tiles x is loaded half as often. RESIDUAL and GLU take one and two weights. EVEN: K is a
-    multiple of 2 RUNS RUN.
-
-    operand      shape            dtype        layout
-    planes       [9, K / 8]       fp32         x, spread
-    words        any              int32        the codes of weight i begin at word ``code_i``, 16-byte
-                                               aligned; the first of two codes in a byte's high nibble
-    scales       any              bf16         the scales of weight i begin at ``scale_i``
-    bias         [total]          bf16, fp16   contiguous, if BIAS
-    y            [total]          any float    PLAIN: weight i's rows after those before it
-    parts        [SPLIT, rows]    fp32         scratch; rows: of all weights
-    counters     [programs]       int32        zeros, and left as zeros
-    sums         [sum_count]      fp32         if NORM: parts of the sum of x's squares; SUMS >= sum_count
-    hidden       [total]          fp32         RESIDUAL: read and written
-    norm         [total]          bf16, fp16   RESIDUAL: the weights of the norm that follows
-    next_planes  [9, total / 8]   fp32         RESIDUAL, GLU: the next product's x, before its norm's factor
-    next_sums    [programs]       fp32         RESIDUAL: parts of the sum of hidden's squares
-    """
-    WORDS: tl.constexpr = RUN // 8
-    pid, part = tl.program_id(0), tl.program_id(1)
-    if MODE == GLU:
-        row = pid * TILE
-        local = row.to(tl.int64)
-        code_a, code_b, scale_a, scale_b = code0, code1, scale0, scale1
-        local_b = local
-        slot_b = total + row
-        slots = 2 * total
-    else:
-        row, local, code_a, scale_a = place(
-            pid, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, 2 * TILE
-        )
-        code_b, scale_b = code_a, scale_a
-        local_b = local + TILE
-        slot_b = row + TILE
-        slots = total
-    runs = K // RUN
-    stride = tl.multiple_of(K // 8, 8)  # words of a row
-    per_part = tl.cdiv(tl.cdiv(runs, 2 * RUNS), SPLIT) * 2 * RUNS
-    first = part * per_part
-    rows = tl.arange(0, TILE)
-    words_a = words + code_a + (local + rows)[:, None, None] * stride
-    words_b = words + code_b + (local_b + rows)[:, None, None] * stride
-    scales_a, scales_b = scales + scale_a, scales + scale_b
-    first_a = ((local + rows) * runs)[:, None]
-    first_b = ((local_b + rows) * runs)[:, None]
-    acc_a = tl.zeros((TILE, RUNS, WORDS), tl.float32)
-    acc_b = tl.zeros((TILE, RUNS, WORDS), tl.float32)
-    run = first + tl.arange(0, RUNS)
-    a0, factor_a0 = _codes(words_a, scales_a, first_a, run, runs, RUN)
-    b0, factor_b0 = _codes(words_b, scales_b, first_b, run, runs, RUN)
-    a1, factor_a1 = _codes(words_a, scales_a, first_a, run + RUNS, runs, RUN)
-    b1, factor_b1 = _codes(words_b, scales_b, first_b, run + RUNS, runs, RUN)
-    if PDL:
-        gdc_wait()  # from here on what the kernel before has written is read
-        gdc_launch_dependents()
-    # Two turns at a time, each with registers of its own, so that none has to be moved: while the codes
-    # of one are multiplied, those of the next two are on their way.
-    for _ in range(first, min(first + per_part, runs), 2 * RUNS):
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _planes(planes, run, stride, RUN, EVEN)
-        scaled_a, scaled_b = (
-            factor_a0.to(tl.float32)[:, :, None],
-            factor_b0.to(tl.float32)[:, :, None],
-        )
-        acc_a = tl.fma(_eight(a0, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_a, acc_a)
-        acc_b = tl.fma(_eight(b0, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_b, acc_b)
-        a0, factor_a0 = _codes(words_a, scales_a, first_a, run + 2 * RUNS, runs, RUN)
-        b0, factor_b0 = _codes(words_b, scales_b, first_b, run + 2 * RUNS, runs, RUN)
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _planes(planes, run + RUNS, stride, RUN, EVEN)
-        scaled_a, scaled_b = (
-            factor_a1.to(tl.float32)[:, :, None],
-            factor_b1.to(tl.float32)[:, :, None],
-        )
-        acc_a = tl.fma(_eight(a1, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_a, acc_a)
-        acc_b = tl.fma(_eight(b1, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM), scaled_b, acc_b)
-        a1, factor_a1 = _codes(words_a, scales_a, first_a, run + 3 * RUNS, runs, RUN)
-        b1, factor_b1 = _codes(words_b, scales_b, first_b, run + 3 * RUNS, runs, RUN)
-        run += 2 * RUNS
-    a = tl.sum(tl.sum(acc_a, 2), 1)
-    b = tl.sum(tl.sum(acc_b, 2), 1)
-    if SPLIT > 1:
-        at_a, at_b = row + rows, slot_b + rows
-        tl.store(parts + part * slots + at_a, a)
-        tl.store(parts + part * slots + at_b, b)
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(counters + pid, 1, sem="acq_rel") == SPLIT - 1:
-            a = tl.zeros_like(a)
-            b = tl.zeros_like(b)
-            for other in range(SPLIT):
-                a += tl.load(parts + other * slots + at_a, cache_modifier=".cg")
-                b += tl.load(parts + other * slots + at_b, cache_modifier=".cg")
-            tl.store(counters + pid, 0)
-            _end(
-                a, b, row, total, K, bias, y, sums, sum_count, eps, hidden, norm, next_planes,
-                next_sums, pid, TILE, BIAS, MODE, NORM, SUMS,
-            )  # fmt: skip
-    else:
-        _end(
-            a, b, row, total, K, bias, y, sums, sum_count, eps, hidden, norm, next_planes, next_sums,
-            pid, TILE, BIAS, MODE, NORM, SUMS,
-        )  # fmt: skip
 
 
 @triton.jit

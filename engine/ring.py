@@ -7,8 +7,7 @@ memory (STAGES of them) while one is multiplied, the first of them before the ke
 
 The last program of a slice to end adds up the parts (as in stream-K, Osama et al., 2023), for all rows of
 the slice at once. They are added in the order of K, by whomever: so the result depends on K and RUNS
-alone, not on how many programs there were. What is multiplied by what, and what follows a product, is as
-in `engine.one_token`.
+alone, not on how many programs there were. `engine.one_token` says how codes become floats.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import triton.language as tl
 
 from engine.one_token import GLU, RESIDUAL, _eight, _offset, factor_of, place
 
+TILE = 8  # rows of one load; a tile is two of them
 UNIT = 1024  # elements of K in a part: 16 bytes of a row's codes for each thread of a warp
 
 
@@ -81,13 +81,23 @@ def ring_kernel(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr, SUMS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
     EARLY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs for each slice, the last of which finishes it, AT_ONCE rows at a time. EARLY:
-    the kernel after may begin when all programs have begun, not only when x is there. Operands are those
-    of `one_token.product_kernel`, but for these.
+    """One of PARTS programs for each slice, the last of which finishes it, AT_ONCE rows at a time. RESIDUAL
+    and GLU take one and two weights. EARLY: the kernel after may begin when all programs have begun, not
+    only when x is there.
 
     operand      shape            dtype        layout
+    planes       [9, K / 8]       fp32         x, spread
+    words        any              int32        the codes of weight i begin at word ``code_i``, 16-byte
+                                               aligned; the first of two codes in a byte's high nibble
+    scales       any              bf16         the scales of weight i begin at ``scale_i``
+    bias         [total]          bf16, fp16   contiguous, if BIAS
+    y            [total]          any float    PLAIN: weight i's rows after those before it
     parts        [PARTS, rows]    fp32         scratch; rows: of all weights; PARTS: of RUNS runs in a row
     counters     [slices]         int32        zeros, and left as zeros
+    sums         [sum_count]      fp32         if NORM: parts of the sum of x's squares; SUMS >= sum_count
+    hidden       [total]          fp32         RESIDUAL: read and written
+    norm         [total]          bf16, fp16   RESIDUAL: the weights of the norm that follows
+    next_planes  [9, total / 8]   fp32         RESIDUAL, GLU: the next product's x, before its norm's factor
     next_sums    [tiles]          fp32         RESIDUAL: parts of the sum of hidden's squares
     """
     SIZE: tl.constexpr = RUNS * (RUN // 8)  # words
@@ -160,8 +170,8 @@ def _finish(  # type: ignore[no-untyped-def]
     HEIGHT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """What is done with the rows from ``first`` to ``last``, of which all parts are there: what
-    `one_token._end` does, for many rows at a time."""
+    """What is done with the rows from ``first`` to ``last``, of which all parts are there, ROWS of them at
+    a time."""
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
         there = row < last

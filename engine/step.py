@@ -23,7 +23,6 @@ from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
 from engine.cache import PastLayer, head_dim, past, windows_of
 from engine.client import WeightClient
-from engine.cuts import one_token_cut
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -35,7 +34,7 @@ from engine.one_token import (
     combine_kernel,
     glu_kernel,
 )
-from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one
+from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one, ring_parts
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
@@ -369,11 +368,8 @@ class Step:
         for layer in self._layers[:1]:
             groups += [layer.attention, [layer.out], layer.gated, [layer.down]]
         for group in groups:
-            rows = tuple(linear.out_features for linear in group)
-            for some in (rows, *((count,) for count in rows)):
-                columns = group[0].in_features
-                cut = one_token_cut(some, columns)
-                self._scratch.hold(cut.parts(columns) * sum(some), sum(some))
+            rows = sum(linear.out_features for linear in group)
+            self._scratch.hold(ring_parts(group[0].in_features) * rows, rows)
 
     def _vector(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.float32, device=self._device)

@@ -2,7 +2,7 @@
 
 y = x @ W.T + b, where W [N, K] is INT4 in blocks of 128 with bf16 scales, read once, as it is packed;
 codes become floats in registers, products are accumulated in fp32 and scaled there, and rounded once.
-One token takes the kernel of `engine.one_token`. Two to sixteen take tensor cores, the even and the odd
+One token takes the kernel of `engine.ring`. Two to sixteen take tensor cores, the even and the odd
 elements apart, so that no code has to change its lane. Knows no slots and no sockets.
 """
 
@@ -22,45 +22,25 @@ from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed_weight import Packed
-from engine.ring import UNIT, ring_kernel
+from engine.ring import TILE, UNIT, ring_kernel
 
 MAX_WEIGHTS = 3
 SUMS_A_WARP = 2048  # at the end of a slice: 64 registers of a thread
-
-
-@dataclass(frozen=True)
-class OneTokenCut:
-    """How the product of one token is cut: a program takes two tiles of ``tile`` rows, ``runs`` runs of
-    128 at a time, and one of ``split`` parts of K."""
-
-    tile: int
-    runs: int
-    split: int
-    warps: int
-    merged: bool = False  # whether codes are unpacked by instructions chosen by hand
-
-    def parts(self, columns: int) -> int:
-        """How many sums of a row need scratch memory."""
-        return self.split
+RING_BYTES = 2 * TILE * UNIT // 2  # of codes, for each stage that holds some
+SHARED_BYTES = 1280  # of shared memory that a program takes besides
 
 
 @dataclass(frozen=True)
 class RingCut:
-    """How the product of one token is shared among programs that stay: each takes a part of K, 1024, two
-    times ``tile`` rows at a time; ``stages`` of the ring, of which all but one hold codes; programs on a
-    multiprocessor at most, and registers of a thread; ``early``: the kernel after may begin when all
-    programs have begun."""
+    """How the product of one token is shared among programs that stay: ``stages`` of the ring, of which all
+    but one hold codes; programs on a multiprocessor at most, and registers of a thread; ``early``: the
+    kernel after may begin when all programs have begun. The fastest by far that was tried on an H100."""
 
-    tile: int = 8
     stages: int = 3
     per_processor: int = 12
-    registers: int = 128
-    warps: int = 1
-    early: bool = False
-
-    def parts(self, columns: int) -> int:
-        """How many sums of a row need scratch memory."""
-        return -(-columns // UNIT)
+    registers: int = 80
+    warps: int = 2
+    early: bool = True
 
 
 @dataclass(frozen=True)
@@ -257,6 +237,7 @@ class Epilogue:
 
 
 NONE = Epilogue()
+RING = RingCut()
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:
@@ -302,51 +283,15 @@ def multiply_one(
     y: torch.Tensor | None,
     scratch: Scratch,
     epilogue: Epilogue = NONE,
-    cut: OneTokenCut | RingCut | None = None,
+    cut: RingCut = RING,
 ) -> int:
     """One token's products. planes: fp32 [9, K / 8], see `spread`; y: any floating dtype, N of all
     elements, for PLAIN. Returns how many sums RESIDUAL wrote."""
-    from engine.cuts import one_token_cut
-
     rows, columns, total, run, places = _places(weights, 4)
     glu = epilogue.mode == int(one_token.GLU)
-    cut = cut or one_token_cut(tuple(rows), columns)
-    if isinstance(cut, RingCut):
-        return _ring(planes, weights, bias, y, scratch, epilogue, cut)
-    programs = rows[0] // cut.tile if glu else total // (2 * cut.tile)
-    if cut.split > 1:
-        scratch.hold(cut.split * total, programs)
-    sums = epilogue.sums
-    unused = scratch.parts if y is None else y
-    one_token.product_kernel[(programs, cut.split)](
-        planes, weights[0].codes.view(torch.int32), weights[0].scales,
-        bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
-        *places, rows[0] if glu else total, columns,
-        sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
-        epilogue.planes, epilogue.next_sums,
-        TILE=cut.tile, RUNS=cut.runs, SPLIT=cut.split, BIAS=bias is not None, RUN=run,
-        MODE=epilogue.mode, NORM=sums is not None,
-        SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        EVEN=columns % (2 * cut.runs * run) == 0, PDL=epilogue.pdl, ASM=cut.merged and not interpreted(),
-        num_warps=cut.warps, launch_pdl=epilogue.pdl,
-    )  # fmt: skip
-    return programs
-
-
-def _ring(
-    planes: torch.Tensor,
-    weights: list[Packed],
-    bias: torch.Tensor | None,
-    y: torch.Tensor | None,
-    scratch: Scratch,
-    epilogue: Epilogue,
-    cut: RingCut,
-) -> int:
-    rows, columns, total, run, places = _places(weights, 4)
-    glu = epilogue.mode == int(one_token.GLU)
-    tiles = rows[0] // cut.tile if glu else total // (2 * cut.tile)
-    parts = triton.cdiv(columns, UNIT)
-    slices = max(1, min(cut.per_processor * processors(planes.device) // parts, tiles))
+    tiles = rows[0] // TILE if glu else total // (2 * TILE)
+    parts = ring_parts(columns)
+    slices = max(1, min(_programs(planes.device, cut) // parts, tiles))
     scratch.hold(parts * total, slices)
     at_once = SUMS_A_WARP * cut.warps // (2 * parts if glu else parts)
     sums = epilogue.sums
@@ -357,22 +302,30 @@ def _ring(
         *places, rows[0] if glu else total, tiles,
         sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
         epilogue.planes, epilogue.next_sums,
-        K=columns, TILE=cut.tile, RUNS=UNIT // run, PARTS=parts, STAGES=cut.stages,
+        K=columns, TILE=TILE, RUNS=UNIT // run, PARTS=parts, STAGES=cut.stages,
         BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
         SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        AT_ONCE=min(128, max(2 * cut.tile, triton.next_power_of_2(at_once + 1) // 2)),
+        AT_ONCE=min(128, max(2 * TILE, triton.next_power_of_2(at_once + 1) // 2)),
         PDL=epilogue.pdl, EARLY=cut.early, ASM=not interpreted(),
         num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
     )  # fmt: skip
     return tiles
 
 
+def ring_parts(columns: int) -> int:
+    """How many sums of a row need scratch memory."""
+    return int(triton.cdiv(columns, UNIT))
+
+
 @cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
+def _programs(device: torch.device, cut: RingCut) -> int:
+    """How many programs a device can have at once, or the cut wants."""
     if device.type != "cuda":
-        return 4  # of the interpreter, which has none
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 4 * cut.per_processor  # of the interpreter, which has no multiprocessors
+    found = torch.cuda.get_device_properties(device)
+    each = (cut.stages - 1) * RING_BYTES + SHARED_BYTES
+    fit = max(1, found.shared_memory_per_multiprocessor // each)
+    return int(found.multi_processor_count * min(cut.per_processor, fit))
 
 
 @cache

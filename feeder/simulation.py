@@ -16,9 +16,10 @@ from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 
 #: What the filler copies at once, and dequantizes when it has arrived; larger weights go in pieces.
 PIECE_BYTES = packed_bytes(144 << 20)
-#: Host time of the engine for each weight: what transformers and acquire/release take to launch it.
-#: Measured on an H100 machine: 142 ms of a token of the 32B shape that were not spent waiting.
-ENGINE_US = 320.0
+#: Host time of the engine for each weight in a dequantized slot: to launch its product and what lies
+#: around it, to take it and to return it. Fitted to an H100, where the 32B shape takes 79 to 84 ms a token
+#: if nothing crosses the link; 24 of them are the launches.
+ENGINE_US = 180.0
 #: The same of a weight in a packed slot, by the fused step: five launches and seven weights a layer.
 STEP_US = 60.0
 #: From a fact on the device to the other process having acted on it.
@@ -28,8 +29,8 @@ STAGING_BYTES = 256 << 20
 #: Of the bandwidth of a plain copy, what kernels reach. Measured on an H100, 27648 x 5120: the
 #: dequantizer 2.80 and cuBLAS' product with one vector 2.38 of 3.03 TB/s.
 DEQUANTIZE_SHARE, PRODUCT_SHARE = 0.92, 0.79
-#: Of a whole token by the fused step, with all that is between its products: 16.5 GB in 8.45 ms.
-FUSED_SHARE = 0.645
+#: Of a whole token by the fused step, with all that is between its products: 16.5 GB in 7.27 ms.
+FUSED_SHARE = 0.75
 #: Up to so many tokens a product reads a packed weight as it is.
 FUSED_TOKENS = 16
 #: The steady state is there when a pass takes as long as the one before, to this share.

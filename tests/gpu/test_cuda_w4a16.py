@@ -7,7 +7,6 @@ import torch
 
 from engine.w4a16 import (
     Epilogue,
-    OneTokenCut,
     RingCut,
     Scratch,
     TokensCut,
@@ -35,14 +34,11 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
     assert error_of(multiply(x, weights, bias, scratch), expected) < torch.finfo(dtype).eps
     planes = spread(x)
     one = [
-        OneTokenCut(16, 4, 1, 4),
-        OneTokenCut(16, 2, 3, 4, merged=True),
-        OneTokenCut(32, 2, 8, 4),
-        RingCut(8, 3, 12, 128),
-        RingCut(8, 4, 3, 128),
-        RingCut(8, 2, 100, 128),
-        RingCut(8, 3, 12, 80, 2),
-        RingCut(8, 4, 1, 64, 4),
+        RingCut(3, 12, 128, 1),
+        RingCut(4, 3, 128, 1),
+        RingCut(2, 100, 128, 1),
+        RingCut(),
+        RingCut(4, 1, 64, 4),
     ]
     several = [
         TokensCut(32, 2, False, 2, 3),
@@ -50,8 +46,7 @@ def test_products(rows: list[int], columns: int, tokens: int, dtype: torch.dtype
         TokensCut(64, 8, True, 4, 3),
     ]
     for cut in one if tokens == 1 else several:
-        rows_of_program = cut.rows if isinstance(cut, TokensCut) else 2 * cut.tile
-        if any(count % rows_of_program for count in rows):
+        if isinstance(cut, TokensCut) and any(count % cut.rows for count in rows):
             continue
         found = []
         for _ in range(4):
@@ -75,10 +70,10 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     scratch, pdl = Scratch(x.device), Epilogue(pdl=dependent_launch(x.device))
     planes = spread(x)
     y = torch.empty(sum(rows), device="cuda")
-    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(8, 3, 12, 80, 2))
+    multiply_one(planes, weights, None, y, scratch, pdl, RingCut(early=False))
     for programs in (12, 4, 1, 100):
         again, alone = torch.full_like(y, torch.nan), torch.full_like(y, torch.nan)
-        cut = RingCut(8, 3, programs, 80, 2, early=programs != 4)
+        cut = RingCut(per_processor=programs, early=programs != 4)
         multiply_one(planes, weights, None, again, scratch, pdl, cut)
         for weight, part in zip(weights, alone.split(rows), strict=True):
             multiply_one(planes, [weight], None, part, scratch, pdl, cut)

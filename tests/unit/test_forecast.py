@@ -95,7 +95,7 @@ def test_a_resident_model_in_words() -> None:
     lines = plan_text.lines(*told(subject(20), "resident", mps))
     assert lines[0].endswith(", MPS on")
     assert "20 weights resident (173 MB packed), 0 weights streamed (0 B a token)" in lines[1]
-    assert lines[2].startswith("about 155 tok/s (6.4")
+    assert lines[2].startswith("about 275 tok/s (3.6")
     assert lines[2].endswith("; the limit is host time of the engine (99 % busy)")
 
 

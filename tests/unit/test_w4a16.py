@@ -30,7 +30,6 @@ from engine.one_token import (
 from engine.packed_weight import Packed
 from engine.w4a16 import (
     Epilogue,
-    OneTokenCut,
     RingCut,
     Scratch,
     TokensCut,
@@ -71,29 +70,9 @@ def cases() -> Iterator[tuple[int, list[int], int]]:
             yield columns, next(rows), split
 
 
-def one_token() -> int:
-    """One token's products, up to three weights side by side, with bias and without."""
-    checked = 0
-    for columns, rows, split in cases():
-        weights, dense = pack_side_by_side(rows, columns, "cpu", seed=columns)
-        x = normal(1, columns, seed=1).bfloat16()
-        bias = normal(sum(rows), seed=2).bfloat16() if len(rows) != 2 else None
-        expected = (x.double() @ dense.double().T)[0]
-        if bias is not None:
-            expected += bias.double()
-        scratch = Scratch(CPU)
-        y = torch.full((sum(rows),), torch.nan)
-        cut = OneTokenCut(8, 2 + 2 * (checked % 2), split, 4)
-        multiply_one(spread(x), weights, bias, y, scratch, cut=cut)
-        close(y, expected, ("one token", columns, rows, cut))
-        assert not scratch.counters.any()  # ready for the next product
-        checked += 1
-    return checked
-
-
 def ring() -> int:
-    """The same by programs that stay. On the CPU there are 4 times as many as the cut says: with 4 there
-    are 1 to 4 slices, and with 4000 as many as tiles."""
+    """One token's products, up to three weights side by side. On the CPU there are 4 times as many programs
+    as the cut says: with 4 there are 1 to 4 slices, and with 4000 as many as tiles."""
     checked = 0
     for columns, rows in ((64, [32]), (192, [16, 32]), (1024, [32, 16, 16]), (2240, [160, 32, 16])):
         weights, dense = pack_side_by_side(rows, columns, "cpu", seed=columns + 1)
@@ -103,14 +82,14 @@ def ring() -> int:
         scratch, planes, found = Scratch(CPU), spread(x), []
         for programs in (1, 3, 1000):
             y = torch.full((sum(rows),), torch.nan)
-            multiply_one(planes, weights, bias, y, scratch, cut=RingCut(8, 3, programs))
+            multiply_one(planes, weights, bias, y, scratch, cut=RingCut(3, programs))
             assert not scratch.counters.any()  # ready for the next product
             found.append(y)
         close(found[0], expected, ("ring", columns, rows))
         alone = []
         for weight, part in zip(weights, bias.split(rows), strict=True):
             y = torch.full((weight.shape[0],), torch.nan)
-            multiply_one(planes, [weight], part, y, scratch, cut=RingCut(8, 2, 2))
+            multiply_one(planes, [weight], part, y, scratch, cut=RingCut(2, 2))
             alone.append(y)
         # Neither how many programs there were shows, nor what was multiplied together.
         for other in (*found[1:], torch.cat(alone)):
@@ -179,15 +158,8 @@ def chosen_cuts() -> int:
 def epilogues() -> int:
     """What follows a product of one token in the same launch."""
     checked = 0
-    cuts = [
-        (192, 64, OneTokenCut(8, 2, 1, 4)),
-        (320, 48, OneTokenCut(8, 2, 3, 4)),
-        (64, 128, OneTokenCut(8, 2, 2, 4)),
-        (320, 48, RingCut(8, 3, 1)),
-        (2240, 48, RingCut(8, 3, 1)),
-    ]
-    for columns, rows, cut in cuts:
-        check_epilogues(columns, rows, cut)
+    for columns, rows in ((192, 64), (320, 48), (64, 128), (2240, 48)):
+        check_epilogues(columns, rows, RingCut(per_processor=1))
         checked += 3
 
     x, norm, up = normal(192, seed=12), normal(192, seed=13).bfloat16(), normal(192, seed=14)
@@ -202,7 +174,7 @@ def epilogues() -> int:
     return checked + 2
 
 
-def check_epilogues(columns: int, rows: int, cut: OneTokenCut | RingCut) -> None:
+def check_epilogues(columns: int, rows: int, cut: RingCut) -> None:
     """Each of them with two weights of so many columns and rows, or one."""
     weights, dense = pack_side_by_side([rows, rows], columns, "cpu", seed=rows)
     first, second = dense.double().split(rows)
@@ -300,11 +272,10 @@ def check_attention(heads: int, kv: int, tiles: int, chunks: int, here: int) -> 
 
 
 PARTS = {
-    "one_token": (one_token, 4 * 4 + 2),
     "ring": (ring, 4),
     "several_tokens": (several_tokens, 4 * 4 * 2 + 2),
     "chosen_cuts": (chosen_cuts, 4 + 2 + 6),
-    "epilogues": (epilogues, 5 * 3 + 2),
+    "epilogues": (epilogues, 4 * 3 + 2),
     "attention": (attention, 3 * 2 * 6),
 }
 
