@@ -10,8 +10,11 @@ import random
 import re
 from typing import NamedTuple
 
+from common.errors import UsageError
+
 PASSAGE_WORDS = (4, 16)
 LISTED_WORDS = (3, 7)
+MOST_DRAWS = 10_000  # for one list
 _CHAOTIC = (
     0.5  # of the passages to train on: of random words, so that only the copy says what comes
 )
@@ -36,10 +39,13 @@ def copying(rng: random.Random, words: list[str], chaotic: bool = False) -> Exer
 def listing(rng: random.Random, words: list[str]) -> Exercise:
     """Some of ``words``, of which the answer makes a numbered list."""
     count, found = rng.randint(*LISTED_WORDS), list[str]()
-    while len(found) < count:
-        word = rng.choice(words)
+    for word in (rng.choice(words) for _ in range(MOST_DRAWS)):
+        if len(found) == count:
+            break
         if _WORD.fullmatch(word) and word not in found:
             found.append(word)
+    else:
+        raise UsageError("the text has too few words of 3 to 9 letters a to z: give another one")
     lines = [f'{n}. the word "{word}" of this list\n' for n, word in enumerate(found, 1)]
     return Exercise(f"Words: {', '.join(found)}\nList:\n", "".join(lines))
 

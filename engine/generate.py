@@ -246,6 +246,8 @@ class Generator:
         check_length(len(ids), self.context)
         sampling = sampling or self._sampling
         known = self._loop.known(ids) if reuse else 0
+        if len(ids) >= self._loop.capacity:
+            known = 0  # the cache has to grow, and what it holds is given up if it cannot
         chunk = self._chunk(len(ids), self._loop.capacity, known)
         config = self._config(sampling, len(ids), chunk)
         # Without a seed of its own, one answer would go on with the random numbers of another's.

@@ -138,8 +138,8 @@ class Step:
 
     @property
     def useful(self) -> bool:
-        """Whether weights are packed now. With dequantized ones a token takes transformers' own forward
-        pass, which multiplies with them to the last bit as the plain model does."""
+        """Whether weights are packed now. With dequantized ones a token takes `engine.dense_step`, which
+        multiplies with them to the last bit as the plain model does."""
         return self._client.packed
 
     @property

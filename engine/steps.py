@@ -38,7 +38,8 @@ class Steps:
 
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """As of the one that is useful now."""
-        if self._fused is not None and self._fused.useful:
+        # Slots may have been swapped since `useful` was asked; the fused step takes any.
+        if self._fused is not None and (self._fused.useful or self._dense is None):
             return self._fused(token, cache)
         self.rest()
         assert self._dense is not None

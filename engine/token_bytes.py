@@ -16,7 +16,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.backend_tokenizer.decoder
+        self._decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         self._added = {n: token.content for n, token in tokenizer.added_tokens_decoder.items()}
         self._bytes: dict[str, int] = {}
         if self._decoder is not None and self._decoder.decode([_SPACE]) == " ":

@@ -220,10 +220,10 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a product of one token is followed by; see `one_token.product_kernel`.
+    """What a product of one token is followed by; see `ring.ring_kernel`.
 
     ``sums``: fp32, if x is to be normalized: parts of the sum of its squares. RESIDUAL: ``hidden``,
-    ``norm``, ``planes`` (the next x, spread) and ``next_sums``, one number a program. GLU: ``planes``.
+    ``norm``, ``planes`` (the next x, spread) and ``next_sums``, one number a tile. GLU: ``planes``.
     """
 
     mode: int = 0

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.families import FAMILIES
 from common.plan import Capacity, Plan
 from common.quality import Quality
 from feeder.measure import Measured
@@ -109,7 +110,7 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
     host_us = ENGINE_CPU_US
     if around.device == "cuda":
         packed = subject is not None and not any(subject.traffic.moved)
-        host_us = engine_us(packed, subject is not None and subject.stays)
+        host_us = engine_us(packed, subject is not None and subject.stays, _stepped(subject))
     slower = measured.launch_s * 1e6 / LAUNCH_US[around.device]
     return Hardware(
         link=measured.link,
@@ -119,6 +120,11 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
         staging_bytes=staging_bytes,
         dequantize=measured.dequantize,
     )
+
+
+def _stepped(subject: Subject | None) -> bool:
+    family = FAMILIES.get(subject.config.get("model_type", "")) if subject is not None else None
+    return family is None or family.stepped
 
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:

@@ -184,6 +184,7 @@ class Feeder:
                 case Grant():
                     self._grant(command)
                 case Revoke(slot, generation):
+                    self._send_grants()  # of which it may be one
                     self._send(p.Revoke(slot, generation))
         self._send_grants()  # first, since the engine may wait for them
         for fill in fills:

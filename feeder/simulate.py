@@ -86,7 +86,7 @@ def predict(
     )  # fmt: skip
     if host_us is None:
         stays = capacity.count >= len(request.plan) and capacity.size_bytes >= sum(request.sizes)
-        host_us = engine_us(bool(packed_slots), stays)
+        host_us = engine_us(len(packed_slots) == len(elements), stays)
     machine = replace(hardware, engine_s=host_us * 1e-6)
     simulation = Simulation(scheduler, traffic, machine)
     simulation.attach()

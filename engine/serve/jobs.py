@@ -265,7 +265,8 @@ class OneByOne(Scheduler):
         try:
             answer = self._generator.answer(
                 prompt, telling.write, telling.token, job.sampling,
-                reuse=True, logprobs=telling.logprobs,
+                # A part of a prompt rounds otherwise than the whole: a seed is to give the same text again.
+                reuse=job.sampling.seed is None, logprobs=telling.logprobs,
             )  # fmt: skip
         except (
             UsageError,
