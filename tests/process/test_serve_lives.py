@@ -55,8 +55,9 @@ def test_a_conversation_goes_on(serving: Serving) -> None:
     """What the last request has left is not computed again, and changes nothing."""
     client = serving.client()
 
-    def ask(prompt: list[int], tokens: int = 12) -> tuple[list[int], int, Any]:
-        fields: Any = ASKED | {"prompt": prompt, "max_tokens": tokens, "logprobs": 2}
+    def ask(prompt: list[int], seed: int | None = None) -> tuple[list[int], int, Any]:
+        greedy = {"temperature": 0, "max_tokens": 12, "logprobs": 2}
+        fields: Any = ASKED | greedy | {"prompt": prompt, "seed": seed}
         answer = client.completions.create(**fields)
         details: Any = answer.usage and answer.usage.prompt_tokens_details
         (choice,) = answer.choices
@@ -73,6 +74,7 @@ def test_a_conversation_goes_on(serving: Serving) -> None:
     assert (again, kept) == (second, 0)
     assert likewise.tokens == logprobs.tokens
     assert likewise.token_logprobs == pytest.approx(logprobs.token_logprobs, abs=1e-3)
+    assert ask([*longer, *second, 8], seed=3)[1] == 0  # a seed is to give the same text at any time
 
 
 def test_what_this_store_cannot_do(serving: Serving) -> None:
