@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
-from bench.record import finish
+from bench.record import add_output, finish
 from bench.source import Source, add_streamed
 from common.arguments import Parser
 from common.entry import run_process
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     add("--sizes", type=_sizes, default=[1, 2, 4, 8, 16], metavar="A,B", help="sequences at once")
     add("--context", type=int, default=256, metavar="N", help="tokens of each one's prompt")
     add("--rounds", type=int, default=10, metavar="N", help="passes that are timed")
-    add("--output", metavar="FILE.json", help="write the result there, too")
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

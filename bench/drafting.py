@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
-from bench.record import finish
+from bench.record import add_output, finish
 from bench.source import Source, add_streamed
 from bench.widths import measure as measure_widths
 from common.arguments import Parser
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         "--tokens", type=int, default=8, metavar="N", help=f"1 to {MOST_CANDIDATES}"
     )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="drafts")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there, too")
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

@@ -15,9 +15,8 @@ from common.errors import UsageError
 PASSAGE_WORDS = (4, 16)
 LISTED_WORDS = (3, 7)
 MOST_DRAWS = 10_000  # for one list
-_CHAOTIC = (
-    0.5  # of the passages to train on: of random words, so that only the copy says what comes
-)
+#: Of the passages to train on: of random words, so that only the copy says what comes.
+_CHAOTIC = 0.5
 _WORD = re.compile(r"[a-z]{3,9}")
 
 

@@ -198,11 +198,8 @@ def compile_share(arguments: argparse.Namespace) -> None:
     for rows, columns in (SHAPES[name] for name in arguments.products):
         for tokens in arguments.tokens:
             for cut in cuts(tokens, rows, columns):
-                key = (
-                    columns if tokens == 1 else 0,
-                    len(rows),
-                    cut,
-                )  # of one token, K is compiled in
+                # Of one token, K is compiled in.
+                key = (columns if tokens == 1 else 0, len(rows), cut)
                 if key not in seen:
                     seen.add(key)
                     work.append((rows, columns, tokens, cut))

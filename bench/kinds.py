@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from bench.exercises import Exercise, copying, listing
-from bench.record import ROOT, finish
+from bench.record import ROOT, add_output, finish
 from common.arguments import Parser
 from common.config import format_bytes
 from common.entry import run_process
@@ -234,7 +234,7 @@ def main(argv: list[str]) -> int:
     add("--tokens", type=int, default=128, metavar="N", help="of an answer, at most")
     add("--rounds", type=int, default=3, metavar="N", help="turns, of which the median counts")
     add("--seed", type=int, default=0, metavar="N", help="draws the prompts")
-    add("--output", metavar="FILE.json", help="write the result there, too")
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.record import finish
+from bench.record import add_output, finish
 from bench.source import Source
 from common.arguments import Parser
 from common.entry import run_process
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
     add("--seconds", type=float, default=300.0, metavar="S")
     add("--max-tokens", type=int, default=64, metavar="N", help="of a random store's answers")
     add("--replace-every", type=float, metavar="S", help="kill and replace the feeder")
-    add("--output", metavar="FILE.json", help="write the result there, too")
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

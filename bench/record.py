@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.arguments import Parser
 from common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,11 @@ class Results:
                 f"output {path} is there and is no file of this bench's results ({error!r}):"
                 " name another, or remove it"
             ) from error
+
+
+def add_output(parser: Parser) -> None:
+    """The flag that `finish` takes."""
+    parser.add_argument("--output", metavar="FILE.json", help="write the result there, too")
 
 
 def finish(result: dict[str, Any], output: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.fed import Fed
-from bench.record import finish
+from bench.record import add_output, finish
 from bench.source import Source, add_streamed
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     add_streamed(parser)
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of the past")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each width")
-    parser.add_argument("--output", metavar="FILE.json", help="write the result there, too")
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

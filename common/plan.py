@@ -20,6 +20,10 @@ class Capacity:
         if self.count < 1 or self.size_bytes < 1:
             raise ValueError(f"a capacity holds at least one weight, not {self}")
 
+    def holds(self, sizes: Sequence[int]) -> bool:
+        """Whether weights of ``sizes`` bytes fit all at once."""
+        return self.count >= len(sizes) and self.size_bytes >= sum(sizes)
+
 
 @dataclass(frozen=True)
 class Plan:

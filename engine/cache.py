@@ -108,6 +108,15 @@ def windows_of(config: Any) -> list[int | None]:
     return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
+def short_window(config: Any) -> str:
+    """ "" if no layer's window is shorter than the context, so that all see all of it; else what to say."""
+    longest = config.max_position_embeddings
+    window = min((seen for seen in windows_of(config) if seen is not None), default=longest)
+    if window >= longest:
+        return ""
+    return f"its window of {window} is shorter than its context of {longest}"
+
+
 def reserve(cache: DynamicCache, tokens: int) -> None:
     """Make room for ``tokens`` in every layer, if there is less. Each has what it had if memory runs out
     half-way."""

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.families import FAMILIES
 from common.formats import PACKED
-from engine.cache import PastLayer, past, windows_of
+from engine.cache import PastLayer, past, short_window
 from engine.client import WeightClient
 from engine.linear import FedLinear
 
@@ -31,15 +31,11 @@ Memory = tuple[torch.Tensor, torch.Tensor]
 def unfit(model: Any) -> str:
     """ "" if these steps do what the model's layers do, on whatever device, else what differs."""
     config = model.config
-    longest = config.max_position_embeddings
-    window = min((seen for seen in windows_of(config) if seen is not None), default=longest)
     if not FAMILIES[config.model_type].stepped:
         return f"there is none for the family {config.model_type}"
     if config._attn_implementation != "sdpa":  # others may want a mask
         return f"its attention is {config._attn_implementation}"
-    if window < longest:
-        return f"its window of {window} is shorter than its context of {longest}"
-    return ""
+    return short_window(config)
 
 
 class DenseStep:

@@ -27,7 +27,6 @@ from engine.draft import Draft, Drafted
 from engine.kept import Kept
 from engine.logprobs import Logprobs, to_host
 from engine.speculation import Speculation
-from engine.step import Step
 from engine.steps import Steps
 
 Survive = Callable[[Callable[[], Any], DynamicCache], Any]
@@ -40,7 +39,7 @@ class Loop:
 
     def __init__(
         self,
-        step: Step | Steps | None,
+        step: Steps | None,
         survive: Survive,
         speculation: Speculation | None = None,
         draft: Draft | None = None,

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-#: See `_spread`: what the exponent bits of the low half add to the high code, 0x4300 / 2**16 - 128 / 2**16.
+#: See `_store_planes`: what the exponent bits of the low half add to the high code,
+#: 0x4300 / 2**16 - 128 / 2**16; and 2**-16, which is left of a low code in the high one's mantissa.
 OFFSET = tl.constexpr(0.259765625)
+LEFT = tl.constexpr(0.0000152587890625)
 PLAIN = tl.constexpr(0)  # y = W x + bias
 #: hidden += W x; hidden times the next norm's weights, spread; squares summed
 RESIDUAL = tl.constexpr(1)
@@ -28,7 +30,7 @@ GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
 
 @triton.jit
 def _pair(word, SHIFT: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two codes of each word as floats: 136 + the low one, and what `_spread` says of the high one."""
+    """Two codes of each word as floats: 136 + the low one, and what `_store_planes` says of the high one."""
     # Two bf16: 128 + (code + 8). Both operations are one instruction, which compilers do not find.
     if ASM:
         pair = tl.inline_asm_elementwise(
@@ -41,7 +43,7 @@ def _pair(word, SHIFT: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _eight(  # type: ignore[no-untyped-def]
+def eight(  # type: ignore[no-untyped-def]
     word, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM: tl.constexpr
 ):
     """The eight codes of each word times their elements of x. A word's bytes come lowest first, in each
@@ -57,26 +59,31 @@ def _eight(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _spread(value, first, planes, words, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write ``value`` [ROWS], elements from ``first`` on (a multiple of 8), into planes [9, words].
+def spread_before(value, first, last, planes, words, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write ``value`` [ROWS], elements from ``first`` on (a multiple of 8), into planes [9, words]; nothing
+    of what begins with the element ``last``, another multiple of 8."""
+    halves = tl.reshape(value, (ROWS // 8, 2, 4))
+    low, high = tl.split(tl.trans(halves, (0, 2, 1)))  # elements 0 to 3 of every eight, and 4 to 7
+    eights = first // 8 + tl.arange(0, ROWS // 8)
+    _store_planes(low, high, eights, eights * 8 < last, planes, words)
+
+
+@triton.jit
+def _store_planes(low, high, eights, there, planes, words):  # type: ignore[no-untyped-def]
+    """Write the elements low and high [n, 4] of every eight, ``eights`` [n], that are ``there`` [n].
 
     The high code of a pair is read with the low one still in the lowest bits of its mantissa, which saves
     an instruction a code: as 136 + high + 0.259765625 + (136 + low) / 2**16, exactly. So what the low
     code's element is multiplied with is less by the high one's x / 2**16, and the offset is larger.
     """
-    halves = tl.reshape(value, (ROWS // 8, 2, 4))
-    low, high = tl.split(tl.trans(halves, (0, 2, 1)))  # elements 0 to 3 of every eight, and 4 to 7
-    eights = first // 8 + tl.arange(0, ROWS // 8)
-    at = planes + tl.arange(0, 4)[None, :] * words + eights[:, None]
-    tl.store(at, low - high * 0.0000152587890625)
-    tl.store(at + 4 * words, high)
-    tl.store(planes + 8 * words + eights, _offset(low, high))
-
-
-@triton.jit
-def _offset(low, high):  # type: ignore[no-untyped-def]
-    """What the codes of a word are too large by, all together; low and high [words, 4]."""
-    return tl.sum((low + high) * 136.0 + high * OFFSET, 1)
+    four = tl.arange(0, 4)[None, :]
+    at, mask = planes + four * words + eights[:, None], there[:, None] & (four >= 0)
+    tl.store(at, low - high * LEFT, mask=mask)
+    tl.store(at + 4 * words, high, mask=mask)
+    # What the codes of a word are too large by, all together.
+    tl.store(
+        planes + 8 * words + eights, tl.sum((low + high) * 136.0 + high * OFFSET, 1), mask=there
+    )
 
 
 @triton.jit
@@ -103,17 +110,14 @@ def factor_of(sums, sum_count, K, eps, SUMS: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def spread_kernel(x, planes, words, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [K] to planes [9, K / 8] in fp32, as `_spread` says. SIZE elements a program, words = K / 8."""
+    """x [K] to planes [9, K / 8] in fp32, as `_store_planes` says. SIZE elements a program, words = K / 8."""
     eights = tl.program_id(0) * (SIZE // 8) + tl.arange(0, SIZE // 8)
-    four = tl.arange(0, 4)
-    there = (eights < words)[:, None] & (four >= 0)[None, :]
-    at = x + eights[:, None] * 8 + four[None, :]
-    low = tl.load(at, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(at + 4, mask=there, other=0.0).to(tl.float32)
-    to = planes + four[None, :] * words + eights[:, None]
-    tl.store(to, low - high * 0.0000152587890625, mask=there)
-    tl.store(to + 4 * words, high, mask=there)
-    tl.store(planes + 8 * words + eights, _offset(low, high), mask=eights < words)
+    four = tl.arange(0, 4)[None, :]
+    there = eights < words
+    at, mask = x + eights[:, None] * 8 + four, there[:, None] & (four >= 0)
+    low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(at + 4, mask=mask, other=0.0).to(tl.float32)
+    _store_planes(low, high, eights, there, planes, words)
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def begin_kernel(  # type: ignore[no-untyped-def]
     value = tl.load(x + at).to(tl.float32)
     tl.store(hidden + at, value)
     tl.store(sums + tl.program_id(0), tl.sum(value * value, 0))
-    _spread(value * tl.load(norm + at).to(tl.float32), first, planes, count // 8, SIZE)
+    spread_before(value * tl.load(norm + at).to(tl.float32), first, count, planes, count // 8, SIZE)
 
 
 @triton.jit
@@ -136,7 +140,7 @@ def glu_kernel(gate, up, planes, count, SIZE: tl.constexpr):  # type: ignore[no-
     first = tl.program_id(0) * SIZE
     at = first + tl.arange(0, SIZE)
     a, b = tl.load(gate + at), tl.load(up + at)
-    _spread(a * tl.sigmoid(a) * b, first, planes, count // 8, SIZE)
+    spread_before(a * tl.sigmoid(a) * b, first, count, planes, count // 8, SIZE)
 
 
 @triton.jit
@@ -233,4 +237,4 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     out = tl.load(at, mask=there[:, None], other=0.0)
     weight = tl.exp(most - tl.max(most, 0))
     result = tl.sum(out * weight[:, None], 0) / tl.sum(total * weight, 0)
-    _spread(result, query * DIM, planes, HEADS * DIM // 8, DIM)
+    spread_before(result, query * DIM, HEADS * DIM, planes, HEADS * DIM // 8, DIM)

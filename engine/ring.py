@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.one_token import GLU, RESIDUAL, _eight, _offset, factor_of, place
+from engine.one_token import GLU, RESIDUAL, eight, factor_of, place, spread_before
 
 TILE = 8  # rows of one load; a tile is two of them
 UNIT = 1024  # elements of K in a part: 16 bytes of a row's codes for each thread of a warp
@@ -144,8 +144,8 @@ def ring_kernel(  # type: ignore[no-untyped-def]
             x0, x1, x2, x3, x4, x5, x6, x7, x8 = _x(planes + waited * 4, part * SIZE, stride, SIZE)
             if NORM:
                 factor = factor_of(sums + waited, sum_count, K, eps, SUMS)
-        a = _eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
-        b = _eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
+        a = eight(a, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
+        b = eight(b, x0, x1, x2, x3, x4, x5, x6, x7, x8, ASM)
         to = parts + part * slots + rows
         tl.store(to + row, _rows(a, now_a, TILE, RUNS, RUN // 8))
         tl.store(to + slot_b, _rows(b, now_b, TILE, RUNS, RUN // 8))
@@ -178,7 +178,7 @@ def _finish(  # type: ignore[no-untyped-def]
         if MODE == GLU:
             a = _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
             b = _all_parts(parts + total + row, slots, there, PARTS, ROWS) * factor
-            _spread_some(a * tl.sigmoid(a) * b, start, last, next_planes, total // 8, ROWS)
+            spread_before(a * tl.sigmoid(a) * b, start, last, next_planes, total // 8, ROWS)
         elif MODE == RESIDUAL:
             old = tl.load(hidden + row, mask=there, other=0.0)
             weight = tl.load(norm + row, mask=there, other=0.0).to(tl.float32)
@@ -187,7 +187,7 @@ def _finish(  # type: ignore[no-untyped-def]
             squares = tl.sum(tl.reshape(a * a, (ROWS // HEIGHT, HEIGHT)), 1)
             tile = start // HEIGHT + tl.arange(0, ROWS // HEIGHT)
             tl.store(next_sums + tile, squares, mask=tile * HEIGHT < last)
-            _spread_some(a * weight, start, last, next_planes, total // 8, ROWS)
+            spread_before(a * weight, start, last, next_planes, total // 8, ROWS)
         else:
             a = _all_parts(parts + row, slots, there, PARTS, ROWS) * factor
             if BIAS:
@@ -207,19 +207,6 @@ def _all_parts(parts, slots, there, PARTS: tl.constexpr, ROWS: tl.constexpr):  #
             at = parts + (first + part) * slots
             sums += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     return sums
-
-
-@triton.jit
-def _spread_some(value, first, last, planes, words, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`one_token._spread` of as much of ``value`` as there is before the element ``last``."""
-    halves = tl.reshape(value, (ROWS // 8, 2, 4))
-    low, high = tl.split(tl.trans(halves, (0, 2, 1)))
-    eights = first // 8 + tl.arange(0, ROWS // 8)
-    four = tl.arange(0, 4)[None, :]
-    at, mask = planes + four * words + eights[:, None], (eights * 8 < last)[:, None] & (four >= 0)
-    tl.store(at, low - high * 0.0000152587890625, mask=mask)
-    tl.store(at + 4 * words, high, mask=mask)
-    tl.store(planes + 8 * words + eights, _offset(low, high), mask=eights * 8 < last)
 
 
 @triton.jit

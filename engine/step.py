@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from common.families import FAMILIES
 from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
-from engine.cache import PastLayer, head_dim, past, windows_of
+from engine.cache import PastLayer, head_dim, past, short_window
 from engine.client import WeightClient
 from engine.ledger import Lease
 from engine.linear import FedLinear
@@ -69,17 +69,13 @@ def misfit(model: Any) -> str:
         return f"there is none for the family {config.model_type}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     dim = head_dim(config)
-    window = min((seen for seen in windows_of(config) if seen is not None), default=None)
-    longest = config.max_position_embeddings
+    window = short_window(config)
     checks = [
         (config.hidden_act == "silu", f"its activation is {config.hidden_act}"),
         (dim in (32, 64, 128, 256), f"its heads have {dim} elements"),
         # of which no table depends on the length
         (rope in ROPE_TYPES, f"its rotary embedding is {rope}"),
-        (
-            window is None or window >= longest,
-            f"its window of {window} is shorter than its context of {longest}",
-        ),
+        (not window, window),
         (all(map(_biased_as_stepped, model.model.layers)), "it has biases beside q, k and v's"),
         (config.hidden_size % BEGIN_SIZE == 0, f"its hidden size is {config.hidden_size}"),
         (config.intermediate_size % BEGIN_SIZE == 0, f"its width is {config.intermediate_size}"),
@@ -141,11 +137,6 @@ class Step:
         """Whether weights are packed now. With dequantized ones a token takes `engine.dense_step`, which
         multiplies with them to the last bit as the plain model does."""
         return self._client.packed
-
-    @property
-    def packed(self) -> bool:
-        """The same, for who asks after kernels rather than after tokens."""
-        return self.useful
 
     @property
     def graphed(self) -> bool:

@@ -155,9 +155,8 @@ class CudaFiller(Filler):
         self._copies: Segment | None = None
         self._copy_at: dict[int, int] = {}  # where the copy of a weight is, or will be
         self._copied: dict[int, torch.cuda.Event] = {}  # which are there, and since when
-        self._copy_views: dict[
-            int, _Views
-        ] = {}  # of copies; to make them takes as long as a launch
+        #: Of copies; to make them takes as long as a launch.
+        self._copy_views: dict[int, _Views] = {}
 
     def use_staging(self, on: bool) -> None:
         if on and self._staging is None:

@@ -14,7 +14,7 @@ from common.plan import Capacity, Plan
 from common.quality import Quality
 from feeder.measure import Measured
 from feeder.scheduler import Scheduler
-from feeder.simulation import Hardware, Simulation, Steady, Traffic, engine_us
+from feeder.simulation import ENGINE_US, Hardware, Simulation, Steady, Traffic, engine_us
 from feeder.strategies.base import Strategy
 from feeder.topology import PcieLink
 
@@ -47,12 +47,6 @@ class Subject:
     beside: str = ""  # what both processes take of the device beside the slots, part by part
     copies: frozenset[int] = frozenset()  # weights of which a packed copy stays on the device
     draft: Draft | None = None
-
-    @property
-    def stays(self) -> bool:
-        """Whether every weight has a slot of its own."""
-        capacity = self.capacity
-        return capacity.count >= len(self.plan) and capacity.size_bytes >= sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -109,8 +103,7 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
     assert measured is not None
     host_us = ENGINE_CPU_US
     if around.device == "cuda":
-        packed = subject is not None and not any(subject.traffic.moved)
-        host_us = engine_us(packed, subject is not None and subject.stays, _stepped(subject))
+        host_us = ENGINE_US if subject is None else _engine_us(subject)
     slower = measured.launch_s * 1e6 / LAUNCH_US[around.device]
     return Hardware(
         link=measured.link,
@@ -122,9 +115,11 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
     )
 
 
-def _stepped(subject: Subject | None) -> bool:
-    family = FAMILIES.get(subject.config.get("model_type", "")) if subject is not None else None
-    return family is None or family.stepped
+def _engine_us(subject: Subject) -> float:
+    family = FAMILIES.get(subject.config.get("model_type", ""))
+    packed = not any(subject.traffic.moved)
+    stays = subject.capacity.holds(subject.sizes)
+    return engine_us(packed, stays, family is None or family.stepped)
 
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:

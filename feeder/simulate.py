@@ -85,8 +85,8 @@ def predict(
         copies=copies, link_bytes=list(traffic.packed),
     )  # fmt: skip
     if host_us is None:
-        stays = capacity.count >= len(request.plan) and capacity.size_bytes >= sum(request.sizes)
-        host_us = engine_us(len(packed_slots) == len(elements), stays)
+        packed = len(packed_slots) == len(elements)
+        host_us = engine_us(packed, capacity.holds(request.sizes))
     machine = replace(hardware, engine_s=host_us * 1e-6)
     simulation = Simulation(scheduler, traffic, machine)
     simulation.attach()

@@ -23,6 +23,9 @@ ENGINE_US = 180.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
+#: Without a step: transformers' own forward pass, with dequantized slots and with packed ones. Measured on
+#: an H100 machine: 142 and 85 ms of a token of the 32B shape.
+FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
 HANDOVER_US = 200.0
 #: What the filler copies ahead of the slots, packed.
@@ -36,11 +39,6 @@ FUSED_SHARE = 0.75
 FUSED_TOKENS = 16
 #: The steady state is there when a pass takes as long as the one before, to this share.
 STEADY_SHARE, MOST_PASSES = 0.002, 8
-
-
-#: Without a step: transformers' own forward pass, with dequantized slots and with packed ones. Measured on
-#: an H100 machine: 142 and 85 ms of a token of the 32B shape.
-FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 
 
 def engine_us(packed: bool, everything: bool, stepped: bool = True) -> float:

@@ -19,7 +19,6 @@ from engine.linear import FedLinear
 from engine.rows import Rows, divide
 
 if TYPE_CHECKING:
-    from engine.step import Step
     from engine.steps import Steps
 
 Survive = Callable[[Callable[[], Any], Any], Any]
@@ -33,7 +32,7 @@ class Passes:
     def __init__(
         self,
         model: Any,
-        step: Step | Steps | None = None,
+        step: Steps | None = None,
         survive: Survive = lambda call, _: call(),
     ) -> None:
         self._model, self._step, self._survive = model, step, survive

@@ -18,6 +18,7 @@ from feeder.checkpoints.groups import (
     Groups,
     described,
     flag,
+    group_columns,
     group_size,
     require,
     require_whole_words,
@@ -57,7 +58,7 @@ class Awq:
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
         require_whole_words(shape, self.kind)
         rows, columns = shape
-        groups = -(-columns // self._columns(columns))
+        groups = -(-columns // group_columns(self._size, columns))
         return {
             "qweight": Expected((columns, rows // PER_WORD), ("I32",)),
             "qzeros": Expected((groups, rows // PER_WORD), ("I32",)),
@@ -69,14 +70,11 @@ class Awq:
     ) -> tuple[torch.Tensor, Groups]:
         zeros = _rows(tensors["qzeros"]).char()
         scales = tensors["scales"].T.float().contiguous()
-        return tensors["qweight"], Groups(scales, zeros, self._columns(shape[1]), None)
+        return tensors["qweight"], Groups(scales, zeros, group_columns(self._size, shape[1]), None)
 
     def rows(self, prepared: tuple[torch.Tensor, Groups], first: int, last: int) -> Grouped:
         words, groups = prepared
         return groups.rows(_rows(words[:, first // PER_WORD : last // PER_WORD]), first, last)
-
-    def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else min(self._size, columns)
 
 
 def _rows(words: torch.Tensor) -> torch.Tensor:

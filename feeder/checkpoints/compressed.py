@@ -18,7 +18,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.errors import CheckpointError
-from feeder.checkpoints.groups import Groups, described, flag, group_index, group_size, require
+from feeder.checkpoints.groups import (
+    Groups,
+    described,
+    flag,
+    group_columns,
+    group_index,
+    group_size,
+    require,
+)
 from feeder.checkpoints.packed import FLOATS, Expected
 from feeder.checkpoints.source import Grouped
 from feeder.checkpoints.words import PER_WORD, nibbles
@@ -60,7 +68,7 @@ class Compressed:
 
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
         rows, columns = shape
-        groups = -(-columns // self._columns(columns))
+        groups = -(-columns // group_columns(self._size, columns))
         found = {
             "weight_packed": Expected((rows, -(-columns // PER_WORD)), ("I32",)),
             "weight_scale": Expected((rows, groups), FLOATS),
@@ -92,16 +100,13 @@ class Compressed:
             (index == -1).all()
         ):  # how an index that is not used is saved
             index = None
-        size = self._columns(columns)
+        size = group_columns(self._size, columns)
         groups = Groups(scales, zeros, size, group_index(index, size, columns))
         return tensors["weight_packed"], columns, groups
 
     def rows(self, prepared: tuple[torch.Tensor, int, Groups], first: int, last: int) -> Grouped:
         words, columns, groups = prepared
         return groups.rows(nibbles(words[first:last])[:, :columns].contiguous(), first, last)
-
-    def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else min(self._size, columns)
 
 
 def _one_scheme(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:

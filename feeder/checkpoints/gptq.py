@@ -18,6 +18,7 @@ from feeder.checkpoints.groups import (
     Groups,
     described,
     flag,
+    group_columns,
     group_index,
     group_size,
     require,
@@ -56,7 +57,7 @@ class Gptq:
     def expected(self, shape: tuple[int, int]) -> dict[str, Expected]:
         require_whole_words(shape, self.kind)
         rows, columns = shape
-        groups = -(-columns // self._columns(columns))
+        groups = -(-columns // group_columns(self._size, columns))
         return {
             "qweight": Expected((columns // PER_WORD, rows), ("I32",)),
             "qzeros": Expected((groups, rows // PER_WORD), ("I32",)),
@@ -67,7 +68,7 @@ class Gptq:
     def prepare(
         self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
     ) -> tuple[torch.Tensor, Groups]:
-        size = self._columns(shape[1])
+        size = group_columns(self._size, shape[1])
         zeros = nibbles(tensors["qzeros"])
         if self._less_one:
             zeros = (zeros + 1) & 15
@@ -78,6 +79,3 @@ class Gptq:
     def rows(self, prepared: tuple[torch.Tensor, Groups], first: int, last: int) -> Grouped:
         words, groups = prepared
         return groups.rows(nibbles(words[:, first:last].T), first, last)
-
-    def _columns(self, columns: int) -> int:
-        return columns if self._size == -1 else min(self._size, columns)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def group_columns(size: int, columns: int) -> int:
+    """Columns of a group by the settings' `size`, where -1 means all of a row's `columns`."""
+    return columns if size == -1 else min(size, columns)
+
+
 @dataclass(frozen=True)
 class Groups:
     """scales: fp32 [N, G]. zeros: int8 [N, G]. index: int64 [K], None if group g begins at g * size."""

@@ -16,6 +16,7 @@ from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.step import Step, supports
+from engine.steps import Steps
 from engine.text import TokenIds
 from feeder import control
 from feeder.quantize import quantize_checkpoint
@@ -57,7 +58,7 @@ def test_logits_are_those_of_fp32(
     flags = ("--device=cuda", "--dtype=bfloat16", f"--cache={cache_flag}", f"--slots={slots}")
     with fed.model(room, store, *flags) as (model, engine):
         assert supports(model) == ""
-        passes = Passes(model, Step(model, engine.client))
+        passes = Passes(model, Steps(Step(model, engine.client), None))
         found: list[list[torch.Tensor]] = [[] for _ in texts]
         caches = [make_cache(3, n + 1) for n in LENGTHS]
         for turn in range(DECODED + 2 * len(texts)):
@@ -89,7 +90,7 @@ def test_swaps_change_no_text(room: Room, store: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(room.runtime))
     with fed.model(room, store, "--device=cuda", "--dtype=bfloat16", "--cache=-1") as (model, it):
         keeper = MemoryKeeper(model, it.client, it.memory)
-        step = Step(model, it.client)
+        step = Steps(Step(model, it.client), None)
         generator = Generator(
             model, TokenIds(320), Sampling(), True, Loop(step, keeper.survive), keeper.chunk
         )
@@ -123,7 +124,7 @@ def test_one_alone_is_answered_as_without_a_batch(room: Room, store: Path, cache
     flags = ("--device=cuda", "--dtype=bfloat16", f"--cache={cache_flag}", "--slots=packed")
     with fed.model(room, store, *flags) as (model, it):
         keeper = MemoryKeeper(model, it.client, it.memory)
-        step = Step(model, it.client)
+        step = Steps(Step(model, it.client), None)
         generator = Generator(
             model, TokenIds(320), Sampling(), True, Loop(step, keeper.survive), keeper.chunk
         )

@@ -13,6 +13,7 @@ from engine.logprobs import Logprob, Logprobs
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
 from engine.step import Step, supports
+from engine.steps import Steps
 from engine.text import TokenIds
 from feeder import control
 from feeder.quantize import quantize_checkpoint
@@ -59,7 +60,7 @@ def test_turns_are_as_near_to_fp32_as_if_told_anew(
     with fed.model(room, store, *flags) as (model, it):
         assert supports(model) == ""
         keeper = MemoryKeeper(model, it.client, it.memory)
-        loop = Loop(Step(model, it.client), keeper.survive)
+        loop = Loop(Steps(Step(model, it.client), None), keeper.survive)
         generator = Generator(model, TokenIds(320), Sampling(), True, loop, keeper.chunk)
         draw = torch.Generator().manual_seed(8)
         text: list[int] = []
