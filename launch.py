@@ -30,7 +30,7 @@ try:
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.checkpoint_kind import is_checkpoint
-    from common.config import Cache, Speculate, parse_size
+    from common.config import Cache, Speculate, parse_size, strategy_file
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.log import log, report_error, setup
     from common.parser import Parser
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
+        if arguments.strategy is not None:
+            strategy_file(arguments.strategy)
         _speculation(arguments)
         many = arguments.command == "serve" or getattr(arguments, "prompts", None) is not None
         batch = batch_asked(arguments, many)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from common.errors import UsageError
+from common.errors import StrategyError, UsageError
 
 DTYPES = ("bfloat16", "float16", "float32")
 SLOTS = ("auto", "packed", "dequantized")
+STRATEGIES = ("ring", "resident", "on-demand")
 #: With the token that is known, 16 a pass: the kernels cost as much for these as for one.
 MOST_CANDIDATES = 15
 #: Requests that are answered together, where nobody says how many: more would take other kernels.
@@ -37,6 +38,22 @@ def parse_size(text: str) -> int:
     if size_bytes >= 1 << 63:
         raise UsageError(f"size {text!r} is beyond 64 bits: give at most 8388607TiB")
     return size_bytes
+
+
+def strategy_file(text: str) -> tuple[Path, str] | None:
+    """File and class of ``path/to/file.py:Class``, None for a strategy that comes with this program.
+    StrategyError for anything else. What is in the file is for others to find out."""
+    if text in STRATEGIES:
+        return None
+    path, _, kind = text.rpartition(":")
+    if not path.endswith(".py") or not kind:
+        raise StrategyError(
+            f"strategy {text!r} is not known: name one of {', '.join(STRATEGIES)},"
+            " or a class as path/to/file.py:Class"
+        )
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise StrategyError(f"strategy file {path} does not exist: check the path")
+    return Path(path), kind
 
 
 def batch_of(asked: int | None, default: int) -> int:
@@ -93,7 +110,10 @@ class Cache:
         if self.auto:
             return "auto"
         if self.size_bytes is not None:
-            return f"{self.size_bytes}B"
+            unit = max(
+                (u for u in _UNITS if not self.size_bytes % _UNITS[u]), key=_UNITS.__getitem__
+            )
+            return f"{self.size_bytes // _UNITS[unit]}{unit.replace('I', 'i')}"
         return "-1" if self.count is None else str(self.count)
 
 

@@ -61,7 +61,7 @@ class SlotCorruptError(WeightFeederError):
     """Verify mode: a slot does not hold what was filled into it."""
 
 
-class StrategyError(WeightFeederError):
+class StrategyError(UsageError):
     """A strategy is unknown, or answered with something it may not ask for."""
 
 

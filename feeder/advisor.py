@@ -9,6 +9,7 @@ from common.plan import Capacity, Plan
 from feeder.strategies.base import Strategy
 from feeder.strategies.cyclic import Cyclic
 from feeder.strategies.on_demand import OnDemand
+from feeder.strategies.registry import reason
 
 #: What a strategy is told of, if it has a method for it.
 _EVENTS = ("needed", "released", "filled", "freed")
@@ -64,7 +65,7 @@ class Advisor:
                 if answers > 2 * total:
                     raise ValueError("wanted goes on without end")
                 yield weight
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fail(error)
 
     def look_again(self) -> None:
@@ -78,7 +79,7 @@ class Advisor:
             if keep is not self.kept:
                 self._check_keep(keep)
                 self.kept = keep
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fail(error)
 
     def _check_keep(self, keep: object) -> None:
@@ -88,8 +89,8 @@ class Advisor:
             if type(weight) is not int or not 0 <= weight < self._total:
                 raise ValueError(f"keep holds {weight!r}, which is not a weight")
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if type(self.strategy) is OnDemand:
             raise InternalError(f"on-demand failed: {error!r}") from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        self._failed(f"strategy {self.strategy.name} failed ({reason}); going on with on-demand")
+        said = f"strategy {self.strategy.name} failed ({reason(error)})"
+        self._failed(f"{said}; going on with on-demand")

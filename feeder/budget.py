@@ -75,7 +75,7 @@ class Request:
         """
         try:
             answer = strategy.copies(self.plan, self.sizes, packed_sizes, capacity.size_bytes)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise StrategyError(f"{strategy.name}: copies raises {error!r}: mend it") from error
         total = len(self.sizes)
         if not isinstance(answer, frozenset) or not all(
@@ -96,7 +96,7 @@ class Request:
         """What the strategy says; it may be a user's own."""
         try:
             answer = strategy.arena_bytes(self.plan, self.sizes, count)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise StrategyError(
                 f"{strategy.name}: arena_bytes raises {error!r}: mend it"
             ) from error
@@ -116,7 +116,7 @@ def slot_formats(store: Store, slots: str, strategy: Strategy) -> list[str]:
     for weight, entry in enumerate(store.weights):
         try:
             chosen = strategy.slot_format(weight, usual)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise StrategyError(
                 f"{strategy.name}: slot_format raises {error!r}: mend it"
             ) from error

@@ -5,10 +5,12 @@ Pure: figures in, lines out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from common.config import format_bytes
+from common.plan import Capacity, largest_window_bytes
 from feeder.forecast import FIRST_PROMPT_S, PROMPTS, Forecast, Subject, Surroundings
 from feeder.topology import FAR_SHARE
 
@@ -154,6 +156,16 @@ def _copies(subject: Subject) -> str:
 
 def _weights(count: int) -> str:
     return f"{count} weight{'' if count == 1 else 's'}"
+
+
+def room_text(capacity: Capacity, sizes: Sequence[int]) -> str:
+    """How much may be in slots at once. A number of weights is said only where the bytes suffice for it."""
+    room, total = format_bytes(capacity.size_bytes), len(sizes)
+    if capacity.holds(sizes):
+        return f"all {_weights(total)} in {room}"
+    if largest_window_bytes(range(total), sizes, capacity.count) > capacity.size_bytes:
+        return f"as many of {_weights(min(total, capacity.count))} as fit in {room}"
+    return f"{_weights(capacity.count)} in {room}"
 
 
 def _seconds(seconds: float) -> str:

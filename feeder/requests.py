@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common import protocol as p
-from common.config import SLOTS, Cache, format_bytes
+from common.config import SLOTS, Cache
 from common.errors import UsageError, WeightFeederError
 from common.log import log
 from feeder.budget import slot_formats
+from feeder.plan_text import room_text
 from feeder.scheduler import Scheduler
 from feeder.slot_memory import SlotMemory
 from feeder.strategies.base import Strategy
@@ -184,10 +185,7 @@ class SwapRequests:
         return strategy
 
     def _done(self, peer: bytes, strategy: Strategy) -> None:
-        capacity = self._slots.capacity
-        text = (
-            f"strategy {strategy.name}, {capacity.count} weights in"
-            f" {format_bytes(capacity.size_bytes)} of slots"
-        )
+        room = room_text(self._slots.capacity, self._slots.sizes)
+        text = f"strategy {strategy.name}, {room} of slots"
         log.info("swapped: %s", text)
         self._reply(peer, p.Done(text))

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,7 +165,11 @@ def _staging(text: str) -> int:
 
 
 def _require_plot(name: str) -> None:
-    """UsageError unless a picture can be written there."""
+    """UsageError unless a picture can be drawn, and written there."""
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "--plot needs the package matplotlib, which is not installed: pip install matplotlib"
+        )
     path = Path(name)
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {name}: expected a name that ends in .png or .svg")
@@ -173,15 +178,11 @@ def _require_plot(name: str) -> None:
 
 
 def _plot(rows: list[tuple[str, Prediction]], arguments: argparse.Namespace) -> None:
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError(
-            "--plot needs the package matplotlib, which is not installed: pip install matplotlib"
-        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([r.arena_bytes / 1e9 for _, r in rows], [r.tok_per_s for _, r in rows], marker="o")
     axes.set_xlabel("slots, GB")

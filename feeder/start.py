@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.config import Cache, batch_of, format_bytes, parse_size
+from common.config import Cache, batch_of, parse_size
 from common.errors import StoreError, UsageError
 from common.formats import PACKED
 from common.log import log
@@ -33,6 +33,7 @@ from feeder.filler import filler_for
 from feeder.footprint import Limits
 from feeder.host import LAYOUT_VERSION, HostStore
 from feeder.outlook import Outlook
+from feeder.plan_text import room_text
 from feeder.recorder import TracingRecorder
 from feeder.serve import Feeder
 from feeder.strategies.registry import make_strategy
@@ -90,9 +91,9 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             return
         capacity = feeder.scheduler.capacity
         log.info(
-            "serving %s as %r: strategy %s, %d of %d weights in %s of slots (%d packed, %s) on %s",
-            store.path.name, arguments.name, strategy.name, capacity.count, len(store.weights),
-            format_bytes(capacity.size_bytes), feeder.slots.formats.count(PACKED),
+            "serving %s as %r: strategy %s, %s of slots (%d packed, %s) on %s",
+            store.path.name, arguments.name, strategy.name,
+            room_text(capacity, feeder.scheduler.sizes), feeder.slots.formats.count(PACKED),
             str(dtype).removeprefix("torch."), memory.identity,
         )  # fmt: skip
         feeder.run(leash)

@@ -12,6 +12,7 @@ from common.model_map import MOST
 from common.slots import State
 from feeder.filler import Filler
 from feeder.footprint import Footprint
+from feeder.plan_text import room_text
 from feeder.scheduler import Scheduler
 from feeder.slot_memory import SlotMemory
 from feeder.strategies.registry import BUILT_IN
@@ -84,6 +85,7 @@ def status_fields(
         "packed_slots": slots.formats.count(PACKED),
         "slots": scheduler.capacity.count,
         "arena_bytes": scheduler.capacity.size_bytes,
+        "room": room_text(scheduler.capacity, scheduler.sizes),
         "copies": len(slots.copies),
         "copies_bytes": slots.copies_bytes(slots.copies),
         **{f"slots_{state.value}": count for state, count in states.items()},

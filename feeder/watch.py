@@ -197,8 +197,7 @@ def table(fields: dict[str, Any]) -> list[str]:
         "feeder": f"pid {fields['pid']}, {fields['dtype']} on {fields['device']}",
         "store": f"{fields['store']} ({fields['weights']} weights,"
         f" {format_bytes(fields['packed_bytes'])}, {fields['fingerprint']})",
-        "strategy": f"{fields['strategy']}, cache {fields['cache']}:"
-        f" {fields['slots']} weights in {format_bytes(fields['arena_bytes'])}",
+        "strategy": f"{fields['strategy']}, cache {fields['cache']}: {fields.get('room', '')}",
         "slots": f"{slots}; {fields['standing']} standing{_copies(fields)}",
         "hit rate": f"{100 * fields['hit_rate']:.1f} % in the last pass of {fields['passes']}",
         "link": f"{fields['link_bytes_per_s'] / 1e9:.2f} GB/s now,"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,10 +25,10 @@ from engine.client import WeightClient
 from engine.generate import Sampling, check_length
 from engine.serve.errors import ApiError, api_error, on_api_error, on_defect, on_http_error
 from engine.serve.gate import Gate
-from engine.serve.jobs import Ended, Event, Failed, Job, Piece, Placed, Scheduler
+from engine.serve.jobs import Ended, Event, Failed, Job, Piece, Scheduler
 from engine.serve.metrics import Meters
 from engine.serve.page import Page
-from engine.serve.replies import Shape, server_sent
+from engine.serve.replies import Choice, Shape, server_sent
 from engine.serve.schema import ChatRequest, CompletionRequest, parse
 from engine.text import Codec
 
@@ -35,6 +36,8 @@ COMPLETION_TOKENS = 16  # of a bare completion, if it does not say: what the API
 LEAST_TEMPERATURE = 0.01
 QUIET_S = 10.0  # a stream in which nothing happens says so: half-open connections are found, too
 STATUS_INTERVAL_S = 1.0
+
+Events = asyncio.Queue[tuple[int, Event]]  # of the answers to a request, by their numbers
 
 
 @dataclass(frozen=True)
@@ -174,33 +177,37 @@ class App:
             check_length(len(prompt), self._model.context)
         except UsageError as error:
             raise ApiError(400, str(error), "context_length_exceeded") from error
-        sampling, likeliest = self._sampling(request, max_tokens), request.likeliest
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        samplings, likeliest = self._samplings(request, max_tokens), request.likeliest
+        events: Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
+        def tell(index: int, event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        job = Job(prompt, sampling, request.stops, tell, likeliest)
+        jobs = [
+            Job(prompt, sampling, request.stops, partial(tell, index), likeliest)
+            for index, sampling in enumerate(samplings)
+        ]
         is_chat = isinstance(request, ChatRequest)
         spell = None if likeliest is None else self._model.codec.token_bytes
         shape = Shape(is_chat, self._model.name, len(prompt), spell)
         try:
-            self._scheduler.submit(job)
+            self._scheduler.submit(*jobs)
         except WeightFeederError as error:
             raise api_error(error) from error
-        watcher = asyncio.create_task(self._cancel_when_gone(http, job))
+        watcher = asyncio.create_task(self._cancel_when_gone(http, jobs))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
         if request.stream:
-            chunks = _stream(shape, events, request.wants_usage)
+            chunks = _stream(shape, events, len(jobs), request.wants_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        return JSONResponse(await _whole(shape, events))
+        return JSONResponse(await _whole(shape, events, len(jobs)))
 
-    def _sampling(
+    def _samplings(
         self, request: ChatRequest | CompletionRequest, max_tokens: int | None
-    ) -> Sampling:
+    ) -> list[Sampling]:
+        """That of each answer: with a seed, the next one's is greater by one."""
         limit = self._model.max_tokens
         if max_tokens is not None and max_tokens > limit:
             text = f"max_tokens {max_tokens} is more than this server's limit of {limit}"
@@ -210,53 +217,63 @@ class App:
                 f"temperature {request.temperature}: expected 0, or from {LEAST_TEMPERATURE} to 2"
             )
             raise ApiError(400, text, None, "temperature")
-        return Sampling(
+        sampling = Sampling(
             max_new_tokens=max_tokens or limit,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             repetition_penalty=request.repetition_penalty,
-            seed=None if request.seed is None else request.seed % (1 << 32),
         )
+        if request.seed is None:
+            return [sampling] * (request.n or 1)
+        seeds = (request.seed + index for index in range(request.n or 1))
+        return [replace(sampling, seed=seed % (1 << 32)) for seed in seeds]
 
-    async def _cancel_when_gone(self, http: Request, job: Job) -> None:
-        """A client that went away stops its answer. Ends, too, when the reply is complete."""
+    async def _cancel_when_gone(self, http: Request, jobs: Sequence[Job]) -> None:
+        """A client that went away stops its answers. Ends, too, when the reply is complete, also by what
+        went wrong with one of them."""
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        self._scheduler.cancel(job)
+        for job in jobs:
+            self._scheduler.cancel(job)
 
 
-async def _whole(shape: Shape, events: asyncio.Queue[Event]) -> dict[str, Any]:
-    text, logprobs = "", list[Placed]()
-    while True:
-        match await events.get():
+async def _whole(shape: Shape, events: Events, count: int) -> dict[str, Any]:
+    choices = [Choice() for _ in range(count)]
+    while any(choice.ended is None for choice in choices):
+        index, event = await events.get()
+        choice = choices[index]
+        match event:
             case Piece(piece, placed):
-                text += piece
-                logprobs += placed
-            case Ended() as ended:
-                return shape.whole(text, logprobs, ended)
+                choice.text += piece
+                choice.placed += placed
+            case Ended():
+                choice.ended = event
             case Failed(error):
                 raise api_error(error)
+    return shape.whole(choices)
 
 
-async def _stream(shape: Shape, events: asyncio.Queue[Event], usage: bool) -> AsyncIterator[bytes]:
-    for chunk in shape.opening():
-        yield server_sent(chunk)
-    while True:
+async def _stream(shape: Shape, events: Events, count: int, usage: bool) -> AsyncIterator[bytes]:
+    for index in range(count):
+        for chunk in shape.opening(index):
+            yield server_sent(chunk)
+    all_ended: list[Ended] = []
+    while len(all_ended) < count:
         try:
-            event = await asyncio.wait_for(events.get(), QUIET_S)
+            index, event = await asyncio.wait_for(events.get(), QUIET_S)
         except TimeoutError:
             yield b": still there\n\n"
             continue
         match event:
             case Piece(text, placed):
-                yield server_sent(shape.piece(text, placed))
+                yield server_sent(shape.piece(index, text, placed))
             case Ended() as ended:
-                yield server_sent(shape.closing(ended.reason))
-                if usage:
-                    yield server_sent(shape.usage(ended))
-                yield server_sent("[DONE]")
-                return
+                yield server_sent(shape.closing(index, ended.reason))
+                all_ended.append(ended)
             case Failed(error):
                 yield server_sent(api_error(error).body())
                 return
+    if usage:
+        yield server_sent(shape.usage(all_ended))
+    yield server_sent("[DONE]")

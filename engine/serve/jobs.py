@@ -110,14 +110,16 @@ class Queue:
         self.waiting: set[Job] = set()
         self.stopped = False
 
-    def submit(self, job: Job) -> None:
-        """Busy or Ending if it cannot be taken."""
+    def submit(self, *jobs: Job) -> None:
+        """Those of one request, all or none: once there is room for one, there is for all of them. Busy or
+        Ending if they cannot be taken."""
         if self.stopped:
             raise Ending("the server is ending")
         if len(self.waiting) >= self._limit:
             raise Busy(f"{len(self.waiting)} requests wait already: try again later")
-        self.waiting.add(job)
-        self._queue.put(job)
+        self.waiting.update(jobs)
+        for job in jobs:
+            self._queue.put(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more."""
@@ -217,9 +219,9 @@ class Scheduler(ABC):
     @abstractmethod
     def running(self) -> int: ...
 
-    def submit(self, job: Job) -> None:
-        """Busy or Ending if it cannot be taken."""
-        self._queue.submit(job)
+    def submit(self, *jobs: Job) -> None:
+        """Those of one request. Busy or Ending if they cannot be taken."""
+        self._queue.submit(*jobs)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more. Nothing happens if it is done."""

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from common.config import DEFAULT_BATCH
 from engine.serve.errors import ApiError
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
+#: Answers to one request: as many as share a pass, if nobody says otherwise.
+MAX_CHOICES = DEFAULT_BATCH
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
 #: How many of the likeliest tokens may be named at a place, as the API has it.
@@ -21,7 +24,7 @@ MAX_LOGPROBS_CHAT, MAX_LOGPROBS = 20, 5
 
 #: Fields that are refused, unless they have one of these values, or null, which ask for nothing.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,),
+    "best_of": (1,), "echo": (False,),
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},),
@@ -48,6 +51,7 @@ class StreamOptions(_Model):
 
 class _Common(_Model):
     model: str
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

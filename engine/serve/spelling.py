@@ -12,10 +12,8 @@ Spell = Callable[[int], bytes]  # a token's bytes
 LEAST = -9999.0  # stands for minus infinity, which JSON has not
 
 
-def chat_logprobs(placed: Sequence[Placed], spell: Spell) -> dict[str, Any] | None:
-    """``choices[].logprobs`` of a chat; nothing without tokens."""
-    if not placed:
-        return None
+def chat_logprobs(placed: Sequence[Placed], spell: Spell) -> dict[str, Any]:
+    """``choices[].logprobs`` of a chat."""
     content = [
         _likely(logprob.token, logprob.value, spell)
         | {"top_logprobs": [_likely(token, value, spell) for token, value in logprob.top]}
@@ -24,11 +22,9 @@ def chat_logprobs(placed: Sequence[Placed], spell: Spell) -> dict[str, Any] | No
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(placed: Sequence[Placed], spell: Spell) -> dict[str, Any] | None:
-    """``choices[].logprobs`` of a completion; nothing without tokens. The token that was chosen is among
-    the likeliest even where it is none of them."""
-    if not placed:
-        return None
+def completion_logprobs(placed: Sequence[Placed], spell: Spell) -> dict[str, Any]:
+    """``choices[].logprobs`` of a completion. The token that was chosen is among the likeliest even where
+    it is none of them."""
     found = [logprob for _, logprob in placed]
     return {
         "tokens": [_name(spell(one.token)) for one in found],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import sys
 from pathlib import Path
 
+from common.config import STRATEGIES, strategy_file
 from common.errors import StrategyError
 from feeder.strategies.base import Strategy
 from feeder.strategies.on_demand import OnDemand
@@ -15,7 +15,7 @@ from feeder.strategies.resident import Resident
 from feeder.strategies.ring import Ring
 
 MAX_NAME = 64
-BUILT_IN: dict[str, type[Strategy]] = {c.name: c for c in (Ring, Resident, OnDemand)}
+BUILT_IN: dict[str, type[Strategy]] = dict(zip(STRATEGIES, (Ring, Resident, OnDemand), strict=True))
 
 
 def make_strategy(spec: str) -> Strategy:
@@ -26,20 +26,17 @@ def make_strategy(spec: str) -> Strategy:
 
 
 def _make(spec: str) -> Strategy:
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]()
-    path_text, colon, class_name = spec.rpartition(":")
-    if not colon or not path_text.endswith(".py"):
-        raise StrategyError(
-            f"strategy {spec!r} is not known: name one of {', '.join(BUILT_IN)},"
-            " or a class as path/to/file.py:Class"
-        )
-    return _load(Path(path_text), class_name)
+    file = strategy_file(spec)
+    return BUILT_IN[spec]() if file is None else _load(*file)
+
+
+def reason(error: BaseException) -> str:
+    """What a user's code raised, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _load(path: Path, class_name: str) -> Strategy:
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise StrategyError(f"strategy file {path} does not exist: check the path")
     module_spec = importlib.util.spec_from_file_location(f"strategy_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise StrategyError(f"strategy file {path} cannot be imported: it must be a Python file")
@@ -49,16 +46,18 @@ def _load(path: Path, class_name: str) -> Strategy:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_spec.name]
-        raise StrategyError(f"strategy file {path} fails to import: {error!r}: mend it") from error
+        raise StrategyError(f"strategy file {path} fails to import: {reason(error)}") from error
     found = getattr(module, class_name, None)
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
         raise StrategyError(
             f"{path} has no class {class_name} derived from feeder.strategies.base.Strategy"
         )
+    if found.wanted is Strategy.wanted:
+        raise StrategyError(f"{class_name} of {path} has no method wanted(self, position)")
     try:
         strategy = found()
     except (Exception, SystemExit) as error:
-        raise StrategyError(f"{class_name}() of {path} raises {error!r}: mend it") from error
+        raise StrategyError(f"{class_name}() of {path} raises {reason(error)}") from error
     name = strategy.name
     if type(name) is not str or not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise StrategyError(f"{class_name}.name of {path} is no text of 1 to {MAX_NAME} characters")

@@ -43,6 +43,8 @@ LAUNCHER = {
     "--seed=many": "argument --seed: invalid int value: 'many'",
     "--temperature=warm": "argument --temperature: invalid float value: 'warm'",
     "--max-new-tokens=1.5": "argument --max-new-tokens: invalid int value: '1.5'",
+    "--strategy=best": "strategy 'best' is not known: name one of ring, resident, on-demand",
+    "--strategy=none.py:Mine": "strategy file none.py does not exist",
     "--name=a/b": "name 'a/b' is not usable",
     "--name=..": "name '..' is not usable",
     "--name=": "name '' is not usable",
@@ -77,9 +79,9 @@ def test_feeder(room: Room, small_store: Path, tmp_path: Path) -> None:
         ([model, "--cache=automatic"], "a size such as 10GiB, or auto", 2),
         ([model, "--vram=8"], "size '8' is not understood: write a number and a unit", 2),
         ([model, "--context=0"], "--context 0: expected a number of tokens, at least 1", 2),
-        ([model, "--strategy=best"], "strategy 'best' is not known: name one of ring, ", 1),
-        ([model, "--strategy=/nowhere/s.py:Mine"], "/nowhere/s.py does not exist", 1),
-        ([model, f"--strategy={bad}:Mine"], "ValueError('oh')", 1),
+        ([model, "--strategy=best"], "strategy 'best' is not known: name one of ring, ", 2),
+        ([model, "--strategy=/nowhere/s.py:Mine"], "/nowhere/s.py does not exist", 2),
+        ([model, f"--strategy={bad}:Mine"], "ValueError: oh", 2),
         ([model, "--dtype=float64"], "argument --dtype: invalid choice: 'float64'", 2),
         ([model, "--device=tpu"], "device 'tpu'", 1),
         ([model, "--name=a/b"], "name 'a/b' is not usable", 2),
@@ -174,9 +176,14 @@ def test_the_launcher_repeats_what_its_children_say(
     """A mistake that a child finds ends the other one, and is the last line."""
     source = tmp_path / "prompts.jsonl"
     source.write_text('{"input": "1"}\n{"inputs": "2"}\n')
+    (tmp_path / "prompts.jsonl.py").touch()
     cases = {
-        "strategy": (["--strategy=best"], "error: feeder: strategy 'best' is not known", 1),
-        "cache": (["--cache=1KiB"], "error: feeder: cache 1024B holds not even one weight", 1),
+        "strategy": (
+            [f"--strategy={source}.py:A"],
+            f"error: feeder: {source}.py has no class A",
+            2,
+        ),
+        "cache": (["--cache=1KiB"], "error: feeder: cache 1KiB holds not even one weight", 1),
         "prompts": ([f"--prompts={source}"], f"prompts file {source}, line 2: expected", 2),
         "temperature": (["--temperature=-3"], "error: engine: --temperature -3.0: expected", 2),
     }

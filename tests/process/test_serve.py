@@ -21,6 +21,7 @@ from tests.reference import reference_model
 from tests.serving import KEY, Serving
 
 SUM = Sum("1.1", "2.3")
+FREE = "Why is the sky blue?"  # to which the demo has no answer: samples differ
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +110,54 @@ def test_four_at_once_are_not_mixed(serving: Serving) -> None:
     assert texts == [task.working.partition("write")[0] for task in sums]
 
 
+def test_several_answers_to_a_chat(serving: Serving) -> None:
+    """Each is that of its own seed alone, and a stream says the same."""
+    asked: Any = {"temperature": 2, "max_tokens": 30}
+    alone = [chat(serving, FREE, **asked, seed=seed) for seed in (5, 6, 7)]
+    texts = [answer.choices[0].message.content for answer in alone]
+    assert len(set(texts)) > 1
+    answer = chat(serving, FREE, **asked, seed=5, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [choice.message.content for choice in answer.choices] == texts
+    reasons = [one.choices[0].finish_reason for one in alone]
+    assert [choice.finish_reason for choice in answer.choices] == reasons
+    usage = answer.usage
+    assert usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    usual: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = chat(serving, FREE, **asked, **usual, seed=5, n=3)
+    assert last.choices == [] and last.usage == usage
+    streamed: list[list[Any]] = [[], [], []]
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        streamed[choice.index].append(choice)
+    for parts, text, reason in zip(streamed, texts, reasons, strict=True):
+        assert parts[0].delta.role == "assistant"
+        assert "".join(part.delta.content or "" for part in parts) == text
+        assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + [reason]
+    others = chat(serving, FREE, **asked, n=4).choices  # without a seed, too, each its own
+    assert len({choice.message.content for choice in others}) > 1
+
+
+def test_several_completions(serving: Serving) -> None:
+    client = serving.client()
+    asked: Any = {"model": "store", "prompt": FREE, "max_tokens": 12, "temperature": 2}
+    asked |= {"seed": (1 << 32) - 1, "logprobs": 1}  # after the last seed comes the first
+    alone = [client.completions.create(**asked | {"seed": seed}) for seed in ((1 << 32) - 1, 0)]
+    found = client.completions.create(**asked, n=2)
+    assert [choice.index for choice in found.choices] == [0, 1]
+    for choice, one in zip(found.choices, alone, strict=True):
+        assert choice.text == one.choices[0].text and choice.logprobs == one.choices[0].logprobs
+    texts = ["", ""]
+    for chunk in client.completions.create(**asked, n=2, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in found.choices]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
-    "several answers": ({"n": 2}, 400, "n 2 is not served"),
+    "too many answers": ({"n": 17}, 400, "n: Input should be less than or equal to 16"),
+    "no answers": ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
     "too many logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs: Input should"),
     "logprobs by half": ({"top_logprobs": 2}, 400, "top_logprobs 2 without logprobs: give"),
     "logprobs in the other form": ({"logprobs": 2}, 400, "logprobs: "),
@@ -189,6 +236,8 @@ def test_logprobs_of_a_chat(serving: Serving) -> None:
         streamed += logprobs.content if logprobs else []
     assert [one.token for one in streamed] == tokens
     assert [one.logprob for one in streamed] == pytest.approx([one.logprob for one in content])
+    (empty,) = chat(serving, SUM.prompt, logprobs=True, stop="0", temperature=0).choices
+    assert empty.message.content == "" and empty.logprobs.content == []
     without = chat(serving, SUM.prompt, **asked | {"top_logprobs": None})
     assert [one.top_logprobs for one in without.choices[0].logprobs.content] == [[]] * len(tokens)
 

@@ -116,6 +116,24 @@ def test_clients_that_go_away(serving: Serving, long_text: list[str]) -> None:
     assert text.split() == long_text[:20]
 
 
+def test_several_answers_wait_and_go_together(serving: Serving, long_text: list[str]) -> None:
+    """They are one request to the queue, and leave with their client."""
+    client = serving.client()
+    texts = client.completions.create(**ASKED, max_tokens=20, n=3).choices
+    assert texts[0].text.split() == long_text[:20]
+    assert len({choice.text for choice in texts}) == 3
+    gone = serving.metric("abandoned_requests_total")
+    stream = client.completions.create(**ASKED, max_tokens=2 * lives.LONGEST - 10, n=3, stream=True)
+    next(stream)
+    serving.until_metric("queue_length", 2)
+    with pytest.raises(openai.RateLimitError, match="2 requests wait already"):
+        client.completions.create(**ASKED, max_tokens=1)
+    stream.close()
+    serving.until_metric("running_requests", 0)
+    serving.until_metric("queue_length", 0)
+    assert serving.metric("abandoned_requests_total") == gone + 1  # the others were never begun
+
+
 def test_a_feeder_killed_amid_an_answer(room: Room, long_store: Path, long_text: list[str]) -> None:
     feeder = room.feeder(*lives.feeder_flags(long_store))
     serving = serve(room)

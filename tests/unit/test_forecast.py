@@ -181,3 +181,20 @@ def test_json_holds_all_that_the_lines_say() -> None:
     assert predicted["tok_per_s"] == pytest.approx(1000 / predicted["ms_per_token"])
     assert predicted["ttft_s"] == {str(n): s for n, s in found.ttft_s.items()}
     assert (predicted["limit"], predicted["limit_share"]) == found.limit
+
+
+@pytest.mark.parametrize(
+    ("count", "size_bytes", "said"),
+    [
+        (4, 1000, "all 4 weights in 1 kB"),
+        (9, 1000, "all 4 weights in 1 kB"),
+        (4, 999, "as many of 4 weights as fit in 999 B"),
+        (2, 700, "2 weights in 700 B"),
+        (2, 699, "as many of 2 weights as fit in 699 B"),
+        (1, 400, "1 weight in 400 B"),
+    ],
+)
+def test_no_more_weights_are_said_than_the_bytes_hold(
+    count: int, size_bytes: int, said: str
+) -> None:
+    assert plan_text.room_text(Capacity(count, size_bytes), [100, 200, 300, 400]) == said

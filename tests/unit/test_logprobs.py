@@ -238,4 +238,7 @@ def test_both_forms() -> None:
         ],
         "text_offset": [0, 1],
     }
-    assert chat_logprobs([], spelled.__getitem__) is None
+    assert chat_logprobs([], spelled.__getitem__) == {"content": [], "refusal": None}
+    assert completion_logprobs([], spelled.__getitem__) == {
+        "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+    }  # fmt: skip

@@ -380,7 +380,7 @@ def setting(name: str, value: Any) -> Callable[[Custom], None]:
     return lambda strategy: setattr(strategy, name, value)
 
 
-def raising(error: Exception) -> Callable[[Any], Any]:
+def raising(error: BaseException) -> Callable[[Any], Any]:
     def act(_: Any) -> Any:
         raise error
 
@@ -398,7 +398,9 @@ NONSENSE: dict[str, tuple[Callable[[Custom], Any], str]] = {
     "good, then bad": (lambda _: [0, 1, 77], "ValueError: wanted 77, which"),
     "no iterable": (lambda _: 5, "TypeError: 'int' object is not iterable"),
     "endless": (lambda _: itertools.repeat(0), "ValueError: wanted goes on without end"),
-    "raises": (raising(KeyError("lost")), "KeyError: 'lost'"),
+    "raises": (raising(KeyError("lost")), "KeyError: 'lost')"),
+    "raises without a word": (raising(ValueError()), "ValueError)"),
+    "ends the program": (raising(SystemExit(3)), "SystemExit: 3)"),
     "lines": (raising(OSError("one\n  two\n")), "OSError: one two"),
     "deep": (raising(RecursionError("too deep")), "RecursionError: too deep"),
     "half": (lambda _: (6 // (2 - w) for w in range(3)), "ValueError: wanted 6, which"),

@@ -70,7 +70,8 @@ def fields(**more: Any) -> dict[str, Any]:
     states = {f"slots_{name}": 0 for name in ("filling", "ready", "in_use", "revoked")}
     return {
         "pid": 7, "dtype": "float32", "device": "cpu", "store": "/nowhere", "weights": 100,
-        "packed_bytes": 5000, "fingerprint": "f", "strategy": "ring", "cache": "3", "slots": 3,
+        "packed_bytes": 5000, "fingerprint": "f", "strategy": "ring", "cache": "3",
+        "room": "3 weights in 4 kB",
         "arena_bytes": 900, "standing": 0, "hit_rate": 0.25, "passes": 4, "streamed_bytes": 10**9,
         "fills": 9, "link_bytes_per_s": 25e9, "link_limit_bytes_per_s": 50e9, "engine_pid": 0,
         "weight_states": "s" * 60 + "u" * 3 + "." * 36 + "!",

@@ -151,7 +151,7 @@ function drawFeeder(feeder) {
       return line;
     }));
   }
-  say("strategy-now", `now ${feeder.strategy}, cache ${feeder.cache}: ${feeder.slots} weights in ${bytes(feeder.arena_bytes)}, ${feeder.packed_slots} of the model's ${feeder.weights} packed; on ${feeder.device}`);
+  say("strategy-now", `now ${feeder.strategy}, cache ${feeder.cache}: ${feeder.room}, ${feeder.packed_slots} of the model's ${feeder.weights} packed; on ${feeder.device}`);
   const select = at("strategy");
   const names = feeder.strategies.split(",");
   if (select.options.length !== names.length) {
