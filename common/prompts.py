@@ -58,4 +58,8 @@ def _prompt(record: Any, place: str) -> Prompt:
     expected = record.get("expected_output")
     if expected is not None and not isinstance(expected, str):
         raise UsageError(f"prompts file {place}: expected_output is no text")
+    try:
+        record["input"].encode()
+    except UnicodeEncodeError as error:  # which JSON can spell, and no tokenizer reads
+        raise UsageError(f"prompts file {place}: half a character: {error.reason}") from error
     return Prompt(record["input"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Text:
 
     def encode(self, text: str, raw: bool) -> list[int]:
         if raw or not self.tokenizer.chat_template:
-            return list(self.tokenizer(text).input_ids)
+            return self._tokens(text)
         return self.encode_chat([{"role": "user", "content": text}])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -65,7 +66,14 @@ class Text:
             raise UsageError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
-        return list(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+        return self._tokens(rendered, add_special_tokens=False)
+
+    def _tokens(self, text: str, **how: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a byte of another encoding, or JSON's half of a pair
+            raise UsageError("the text has parts that are no characters: give UTF-8") from error
+        return list(self.tokenizer(text, **how).input_ids)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -84,7 +92,7 @@ class TokenIds:
 
     def encode(self, text: str, raw: bool) -> list[int]:
         words = text.split()
-        if not all(word.isdigit() and int(word) < self._vocabulary for word in words):
+        if not all(re.fullmatch("[0-9]{1,9}", w) and int(w) < self._vocabulary for w in words):
             raise UsageError(
                 "this store has no tokenizer: expected a prompt of token ids, such as '1 2 3',"
                 f" each below {self._vocabulary}"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from common.config import format_bytes
-from common.plan import Capacity, largest_window_bytes
+from common.plan import Capacity
 from feeder.forecast import FIRST_PROMPT_S, PROMPTS, Forecast, Subject, Surroundings
 from feeder.topology import FAR_SHARE
 
@@ -159,12 +159,12 @@ def _weights(count: int) -> str:
 
 
 def room_text(capacity: Capacity, sizes: Sequence[int]) -> str:
-    """How much may be in slots at once. A number of weights is said only where the bytes suffice for it."""
+    """How much may be in slots at once: the bytes, and the number of weights where that is what bounds."""
     room, total = format_bytes(capacity.size_bytes), len(sizes)
     if capacity.holds(sizes):
         return f"all {_weights(total)} in {room}"
-    if largest_window_bytes(range(total), sizes, capacity.count) > capacity.size_bytes:
-        return f"as many of {_weights(min(total, capacity.count))} as fit in {room}"
+    if capacity.count >= total:
+        return f"as many of {_weights(total)} as fit in {room}"
     return f"{_weights(capacity.count)} in {room}"
 
 

@@ -173,6 +173,8 @@ class App:
         prompt: list[int],
         max_tokens: int | None,
     ) -> Response:
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: give at least one token", None, "prompt")
         try:
             check_length(len(prompt), self._model.context)
         except UsageError as error:

@@ -140,6 +140,10 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is not a JSON object")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # which JSON can spell, and no tokenizer reads
+        raise ApiError(400, f"the body has half a character: {error.reason}") from error
     for name, neutral in _NOT_SERVED.items():
         value = fields.pop(name, None)
         if value is not None and not any(_same(value, other) for other in neutral):
@@ -151,10 +155,15 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(str(part) for part in first["loc"] if not _is_kind(part))
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"{place} is not known here: leave it out", None, place) from None
         raise ApiError(400, f"{place}: {first['msg']}", None, place) from None
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether that part of a place names no field, but which of a field's kinds was tried."""
+    return isinstance(part, str) and (part in ("str", "constrained-str") or "[" in part)
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -172,6 +172,9 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0",
     ),
+    "a text that is none": (
+        {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: Input should be",
+    ),
     "a prompt longer than the context": (
         {"messages": [{"role": "user", "content": "1" * 600}]}, 400, "tokens, the model's context",
     ),

@@ -55,6 +55,7 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory: Any, texts: list[s
         ('{"input": "a"}\n["b"]', "line 2: expected"),
         ('"a"', "line 1: expected"),
         ('{"input": "a", "expected_output": 3.4}', "line 1: expected_output is no text"),
+        (r'{"input": "a\ud800"}', "line 1: half a character"),
         ('{"input": "a"}\n{"input": ', "line 2: not JSON"),
         ('{"input": "a"} {"input": "b"}', "line 1: not JSON"),
         ("1.1+2.3=?", "line 1: not JSON"),
