@@ -60,7 +60,7 @@ class Shape:
         return {**self._head(self._chunk_kind), "choices": [], "usage": self._usage(ended)}
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
-        found = self._choice(index, choice.placed, choice.ended and choice.ended.reason)
+        found = self._choice(index, choice.placed, choice.ended.reason if choice.ended else None)
         if self.chat:
             found["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
         else:
