@@ -38,6 +38,7 @@ from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one, ring
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
+WIDE_HEADS = 128  # elements: beyond, four warps have not the registers
 
 
 @dataclass
@@ -301,7 +302,7 @@ class Step:
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
-            "num_warps": 4, "launch_pdl": self._pdl,
+            "num_warps": attention_warps(self._dim), "launch_pdl": self._pdl,
         }  # fmt: skip
         tiles = self._tiles
         chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
@@ -378,6 +379,11 @@ class Step:
         cosines, sines = self._model.model.rotary_emb(sample, positions)
         self._tables = (cosines[0].contiguous(), sines[0].contiguous())
         self._graph = None
+
+
+def attention_warps(dim: int) -> int:
+    """Of a program of attention, by the elements of a head."""
+    return 4 if dim <= WIDE_HEADS else 8
 
 
 def _biased_as_stepped(layer: Any) -> bool:
