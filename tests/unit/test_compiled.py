@@ -29,6 +29,7 @@ from engine.w4a16 import MAX_TOKENS, RING, _tokens_kernel
 #: Compute capability, and the most bytes of shared memory that a program may have: RTX 30 (RTX 40, which
 #: is 89, gets nearly the same code); H100; RTX 50.
 DEVICES = {86: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+OLD, OLD_SHARED = 75, 64 << 10  # RTX 20 and T4, without arithmetic of bf16
 DEPENDENT = 90  # from here on kernels are launched before the one before has ended
 BLOCK = 128
 MOST_STACK = 128  # bytes: a few numbers of a thread, not those of a loop
@@ -61,11 +62,11 @@ def ring(mode: int, columns: int, pdl: bool) -> tuple[Any, ...]:
     return ring_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), {}
 
 
-def tokens(rows: tuple[int, ...], columns: int, pdl: bool) -> tuple[Any, ...]:
+def tokens(rows: tuple[int, ...], columns: int, asm: bool, pdl: bool) -> tuple[Any, ...]:
     cut = tokens_cut(rows, columns)
     constants = {
         "ROWS": cut.rows, "SPLIT": cut.parts if cut.split else 1, "BIAS": True, "RUN": BLOCK,
-        "TOKENS": MAX_TOKENS, "ASM": True, "PARTS": cut.parts, "PDL": pdl,
+        "TOKENS": MAX_TOKENS, "ASM": asm, "PARTS": cut.parts, "PDL": pdl,
     }  # fmt: skip
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
     wide = {"planes": "*bf16", "y": "*bf16"}
@@ -105,13 +106,13 @@ def dequantizer() -> tuple[Any, ...]:
 
 def kernels(device: int) -> dict[str, tuple[Any, ...]]:
     """Of a 32B model, a 7B one, and one with heads of 256 elements."""
-    pdl = device >= DEPENDENT
+    pdl, asm = device >= DEPENDENT, device != OLD
     return {
         "q, k, v": ring(int(PLAIN), 5120, pdl),
         "gate, up": ring(int(GLU), 5120, pdl),
         "down": ring(int(RESIDUAL), 27648, pdl),
-        "gate, up of some tokens": tokens((27648, 27648), 5120, pdl),
-        "o of some tokens": tokens((3584,), 3584, pdl),
+        "gate, up of some tokens": tokens((27648, 27648), 5120, asm, pdl),
+        "o of some tokens": tokens((3584,), 3584, asm, pdl),
         "attention": attention(128, False, pdl),
         "attention, norms of heads": attention(128, True, pdl),
         "attention, large heads": attention(256, False, pdl),
@@ -154,3 +155,10 @@ def test_kernels_find_room(device: int, tmp_path: Path) -> None:
     for name, (shared, stack) in found.items():
         assert shared <= DEVICES[device], (name, shared)
         assert stack <= MOST_STACK, (name, stack)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", ["down", "o of some tokens", "attention", "dequantizer"])
+def test_an_old_device_can_do_it_slowly(name: str) -> None:
+    done = compiled(OLD, *kernels(OLD)[name])
+    assert done.metadata.shared <= OLD_SHARED
