@@ -123,7 +123,7 @@ def test_swaps_that_are_refused(
         "raises.py": (
             "from feeder.strategies.base import Strategy\n"
             "class Mine(Strategy):\n    def __init__(self): raise OSError('no')\n",
-            "raises OSError('no')",
+            "raises OSError: no",
         ),
     }
     room.feeder(*lives.feeder_flags(long_store, cache=4))
