@@ -52,12 +52,12 @@ def _load(path: Path, class_name: str) -> Strategy:
         raise StrategyError(
             f"{path} has no class {class_name} derived from feeder.strategies.base.Strategy"
         )
-    if found.wanted is Strategy.wanted:
-        raise StrategyError(f"{class_name} of {path} has no method wanted(self, position)")
     try:
         strategy = found()
     except (Exception, SystemExit) as error:
         raise StrategyError(f"{class_name}() of {path} raises {reason(error)}") from error
+    if found.wanted is Strategy.wanted and "wanted" not in vars(strategy):
+        raise StrategyError(f"{class_name} of {path} has no method wanted(self, position)")
     name = strategy.name
     if type(name) is not str or not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise StrategyError(f"{class_name}.name of {path} is no text of 1 to {MAX_NAME} characters")

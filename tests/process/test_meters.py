@@ -80,7 +80,7 @@ def test_the_page(place: tuple[Room, Serving], tmp_path: Path) -> None:
         page.find_element("css selector", "#strategy option[value=ring]").click()
         page.find_element("id", "cache").send_keys("-1")
         page.find_element("css selector", "#swap button").click()
-        until_shown(page, "swapped", "strategy ring, 57 weights")
+        until_shown(page, "swapped", "strategy ring, all 57 weights")
         until_shown(page, "strategy-now", "now ring, cache -1")
         page.find_element("id", "cache").clear()
         page.find_element("id", "cache").send_keys("a lot")
