@@ -98,9 +98,9 @@ def main(argv: list[str]) -> int:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
         if arguments.vram is not None:
             parse_size(arguments.vram)
-        _speculation(arguments)
         many = arguments.command == "serve" or getattr(arguments, "prompts", None) is not None
         batch = batch_asked(arguments, many)
+        _speculation(arguments)
         arguments.batch = batch if many else None  # the feeder plans for as many
         with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)
