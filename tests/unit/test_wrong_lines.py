@@ -35,7 +35,7 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("launch", ["--cache=1" + "0" * 30], "is not understood: give a number of weights"),
     ("launch", ["--vram=-1GB"], "size '-1GB' is not understood"),
     ("launch", ["--vram=infGB"], "size 'infGB' is not understood"),
-    ("launch", ["--speculate=maybe"], "speculate 'maybe' is not understood, and no directory: give "),
+    ("launch", ["--speculate=maybe"], "'maybe' is not understood, and no directory: give"),
     ("launch", ["--speculate=lookup:-1"], "with K from 1 to 15"),
     ("launch", ["--speculate=/"], "draft model / has no config.json: give the directory of"),
     ("launch", ["serve", "--batch=2", "--speculate=/"], "--batch 2 and --speculate /: candidates"),
