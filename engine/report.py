@@ -140,10 +140,12 @@ def candidates_said(figures: dict[str, Any]) -> str:
         if asked != "auto":
             return f"{source}: no candidates were checked"
         return "lookup is off while all weights stay" if resting else ""
-    saved = figures["saved_s"]
+    both = source == "draft" and figures["drafted_passes"] < figures["wide_passes"]
+    rests = f", {'and the draft' if both else 'which'} does not pay here and rests"
     drafting = f" {figures['drafting_s']:.2f} s drafting," if source == "draft" else ""
+    saved = figures["saved_s"]
     return (
-        f"{source}{', which does not pay here and rests' if resting else ''}:"
+        f"{'draft and lookup' if both else source}{rests if resting else ''}:"
         f" {figures['tokens_per_pass']:.2f} tokens a pass,"
         f" {100 * figures['acceptance']:.0f} % of {figures['candidates']} candidates accepted,"
         f"{drafting} about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"

@@ -74,3 +74,11 @@ def test_where_it_loses_it_says_so() -> None:
         "draft, which does not pay here and rests: 1.00 tokens a pass, 0 % of 4 candidates accepted,"
         " 0.30 s drafting, about 0.40 s lost"
     )
+    both = tallied(
+        one(1.0), one(0.1), Pass(4, 0, 1, 0.2, True, 0.3), Pass(9, 9, 10, 0.1, False, 0.0)
+    )
+    said = candidates_said({"speculate": "draft", "speculation_resting": True, **both})
+    assert said == (
+        "draft and lookup, and the draft does not pay here and rests: 3.25 tokens a pass, 69 % of 13"
+        " candidates accepted, 0.30 s drafting, about 0.50 s saved"
+    )
