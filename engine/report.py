@@ -139,7 +139,7 @@ def candidates_said(figures: dict[str, Any]) -> str:
     if not figures["candidates"]:
         if asked != "auto":
             return f"{source}: no candidates were checked"
-        return "lookup is off while all weights stay" if resting else ""
+        return f"lookup is off: {figures['speculation_off']}" if figures["speculation_off"] else ""
     both = source == "draft" and figures["drafted_passes"] < figures["wide_passes"]
     rests = f", {'and the draft' if both else 'which'} does not pay here and rests"
     drafting = f" {figures['drafting_s']:.2f} s drafting," if source == "draft" else ""

@@ -46,10 +46,13 @@ class Speculation:
         asked: Speculate,
         streams: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
+        rounds: bool = False,
     ) -> None:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
-        ``clock``: seconds, for the cost of passes."""
+        ``clock``: seconds, for the cost of passes. ``rounds``: whether a pass over several tokens rounds
+        otherwise than passes over one; then ``auto`` leaves texts alone that are to be the same again."""
         self._asked, self._streams, self._clock = asked, streams, clock
+        self._rounds, self._repeatable = rounds, False
         self._costs = Costs()
         self._looked_up = _Guess(Pace(self._costs))
         self._drafted = _Guess(Pace(self._costs, drafts=True))
@@ -69,15 +72,24 @@ class Speculation:
     @property
     def resting(self) -> bool:
         """Whether no candidates are wanted now, so that the next token may be computed ahead."""
-        return self._off or all(guess.pace.resting for guess in self._guesses)
+        return bool(self.off) or all(guess.pace.resting for guess in self._guesses)
 
     @property
-    def _off(self) -> bool:
-        """Whether there is nothing to be gained, since no weight crosses the link."""
-        return self._asked.mode == "auto" and not self._streams()
+    def off(self) -> str:
+        """Why ``auto`` proposes nothing now, "" if it may."""
+        if self._asked.mode != "auto":
+            return ""
+        if not self._streams():
+            return "all weights stay"
+        if self._rounds and self._repeatable:
+            return "rounding could change this text (ask with --speculate lookup)"
+        return ""
 
-    def begin(self, prompt: list[int]) -> None:
+    def begin(self, prompt: list[int], repeatable: bool = True) -> None:
+        """``repeatable``: whether the text is one that can be had again, so that no choice in it may
+        depend on rounding. What is drawn anew each time is not."""
         self._text, self._lookup = list(prompt), Lookup()
+        self._repeatable = repeatable
         self._checked, self._since = [], None
         for guess in self._guesses:
             guess.expect([], 0)
@@ -150,9 +162,9 @@ class Speculation:
 
     def figures(self) -> dict[str, Any]:
         """For the summary. ``speculation_resting`` is of what was asked for, not of lookup beside it."""
-        resting = self._off or self._guesses[-1].pace.resting
         return {
             "speculate": str(self._asked),
             **self._tally.figures(),
-            "speculation_resting": resting,
+            "speculation_resting": self._guesses[-1].pace.resting,
+            "speculation_off": self.off,
         }

@@ -197,7 +197,7 @@ class Chat:
             f" {answer.ttft_s:.3f} s, stalled {100 * stalled:.0f} %; prompt of"
             f" {self._last.prompt_tokens} tokens, {answer.kept} of them kept; strategy"
             f" {said.get('strategy', '?')}, cache {said.get('cache', '?')}"
-            f"{'; of all answers, ' if candidates else ''}{candidates}"
+            f"{'; so far, ' if candidates else ''}{candidates}"
         )
 
 

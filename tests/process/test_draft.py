@@ -70,8 +70,8 @@ class Interrupted(speculating.Always):
         self.calls: dict[int, Callable[[], object]] = {}
         self.said = 0
 
-    def begin(self, prompt: list[int]) -> None:
-        super().begin(prompt)
+    def begin(self, prompt: list[int], repeatable: bool = True) -> None:
+        super().begin(prompt, repeatable)
         self.said = 0
 
     def add(self, token: int) -> None:
