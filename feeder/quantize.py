@@ -84,9 +84,10 @@ def quantize_checkpoint(
     chosen = choose_device(device)
     tally = Tally()
     if source.note:
+        what = "all of it" if rule is None else "what a store cannot hold of it"
         log.info(
-            "%s: %s checkpoint: %s; what a store cannot hold of it is quantized again by %s",
-            model_dir, source.kind, source.note, method,
+            "%s: %s checkpoint: %s; %s is quantized again by %s",
+            model_dir, source.kind, source.note, what, method,
         )  # fmt: skip
     with ExitStack() as stack:
         scratch = stack.enter_context(TemporaryDirectory(prefix="weight-feeder-"))
@@ -143,8 +144,8 @@ def _require_values(source: Source, method: str) -> None:
     """UsageError if the checkpoint's weights are codes that are best kept."""
     if source.kind not in _OF_VALUES:
         raise UsageError(
-            f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
-            " whose codes are kept as they are; leave --method out"
+            f"--method {method} is for originals and GGUF files: the checkpoint is {source.kind},"
+            " and its codes are kept as they are; leave --method out"
         )
 
 

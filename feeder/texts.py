@@ -131,7 +131,8 @@ def load_tokenizer(model_dir: Path) -> Any:
 
     if not any((model_dir / name).is_file() for name in _VOCABULARIES):
         # transformers would make an empty tokenizer of nothing
-        raise UsageError(f"{model_dir} has no tokenizer: put its tokenizer.json there")
+        where = "beside it, and name the directory" if model_dir.is_file() else "there"
+        raise UsageError(f"{model_dir} has no tokenizer: put its tokenizer.json {where}")
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # of several libraries, for a file that is no tokenizer
@@ -145,7 +146,9 @@ def tokenize(text: Text, tokenizer: Any, config: Mapping[str, Any], excerpt: Exc
     import torch
 
     if excerpt.tokens < 2 or excerpt.length < 2:
-        raise UsageError("tokens and length of a text: expected at least 2")
+        raise UsageError(
+            f"{excerpt.tokens} tokens of a text in contexts of {excerpt.length}: expected at least 2 of each"
+        )
     length = min(excerpt.length, longest(config))
     rows: list[list[int]] = []
     for document in text.documents:

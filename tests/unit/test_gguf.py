@@ -344,7 +344,11 @@ HOSTILE = {
     ),
     "tensor past the end": (
         head(1, 0) + text("a") + struct.pack("<IQIQ", 1, 1 << 20, 0, 0) + bytes(99),
-        "is no GGUF file that can be read",
+        "it is truncated: its tensors take 4194304 bytes, 99 are there; fetch it again",
+    ),
+    "tensor beyond the end": (
+        head(1, 0) + text("a") + struct.pack("<IQIQ", 1, 1, 0, (1 << 64) - 32) + bytes(99),
+        "it is truncated",
     ),
 }
 
@@ -362,7 +366,7 @@ def test_hostile_files_are_refused_with_one_line(tmp_path: Path, name: str) -> N
 def test_a_truncated_file(small: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(small[:-4096])
     with pytest.raises(
-        CheckpointError, match="is no GGUF file that can be read: .*; fetch it again"
+        CheckpointError, match="it is truncated: its tensors take .* are there; fetch it again"
     ):
         open_source(tmp_path / "x.gguf")
 
