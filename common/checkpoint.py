@@ -37,6 +37,7 @@ TORCH_DTYPES = RESIDENT_DTYPES | {"I32": "int32", "I64": "int64"}
 
 _PACKED = ("qweight", "weight_packed")  # what quantizers have in place of a weight
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of these
 _COMPANIONS = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),

@@ -79,7 +79,7 @@ def quantize_checkpoint(
     source = open_source(Path(model_dir))
     parts = source.parts()
     if rule is None:
-        _require_values(source, method)
+        require_values(source, method)
     _, residents = expected_tensors(source.config)
     chosen = choose_device(device)
     tally = Tally()
@@ -140,9 +140,14 @@ def quantize_checkpoint(
     return measure(source, store, measurement, chosen, poll)
 
 
-def _require_values(source: Source, method: str) -> None:
-    """UsageError if the checkpoint's weights are codes that are best kept."""
-    if source.kind not in _OF_VALUES:
+def has_values(source: Source) -> bool:
+    """Whether the checkpoint's weights are values, and not codes that are best kept."""
+    return source.kind in _OF_VALUES
+
+
+def require_values(source: Source, method: str) -> None:
+    """UsageError if a checkpoint has none that the method, a calibrated one, could go by."""
+    if not has_values(source):
         raise UsageError(
             f"--method {method} is for originals and GGUF files: the checkpoint is {source.kind},"
             " and its codes are kept as they are; leave --method out"

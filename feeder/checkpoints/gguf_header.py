@@ -96,7 +96,9 @@ class _Walk:
         sizes = [self._number("Q") for _ in range(dimensions)]
         elements = self._at_most(math.prod(sizes), _MOST_ELEMENTS, "elements of a tensor")
         kind, offset = self._number("I"), self._number("Q")
-        block, block_bytes = self._sizes.get(kind, (1, 0))  # one that is not known the reader refuses
+        block, block_bytes = self._sizes.get(
+            kind, (1, 0)
+        )  # one that is not known the reader refuses
         self._data = max(self._data, offset + elements // block * block_bytes)
 
     def _text(self) -> None:

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common import int4
 from common.checkpoint_fingerprint import checkpoint_fingerprint
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, UsageError
 from common.log import log
 from common.store import Store
 from feeder.checkpoints.gguf_config import build_config
@@ -28,6 +28,7 @@ from feeder.checkpoints.gguf_names import unpaired
 from feeder.checkpoints.recognize import model_config, open_source
 from feeder.doctor.__main__ import model_bytes
 from feeder.quantize import quantize_checkpoint
+from feeder.texts import MEASUREMENT
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import Quantize, all_as, write_gguf
 from tests.processes import DEMO
@@ -170,9 +171,22 @@ def test_without_a_tokenizer_one_line_says_so(
     checkpoint = make_checkpoint(tmp_path / "model", **(SIZES | {"layers": 1}))
     write_gguf(tmp_path / "x.gguf", checkpoint, all_as(Type.F16))
     store = quantize_checkpoint(tmp_path / "x.gguf", tmp_path / "store", "cpu", progress=False)
-    assert "cannot make a tokenizer of it" in caplog.text
-    assert "prompts have to be token ids" in caplog.text
+    assert "x.gguf: it has no tokenizer: prompts have to be token ids; or put" in caplog.text
     assert not (store.path / "tokenizer.json").exists()
+    with pytest.raises(
+        UsageError, match="put its tokenizer.json beside it, and name the directory"
+    ):
+        quantize_checkpoint(
+            tmp_path / "x.gguf", tmp_path / "measured", "cpu", measurement=MEASUREMENT
+        )
+
+    caplog.clear()
+    (tmp_path / "x.gguf").rename(checkpoint / "x.gguf")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    store = quantize_checkpoint(checkpoint, tmp_path / "other", "cpu", progress=False)
+    assert "x.gguf: it has no tokenizer: the one beside it is taken" in caplog.text
+    assert (store.path / "tokenizer.json").is_file()
 
 
 # The architecture llama: rows of q and k are reordered

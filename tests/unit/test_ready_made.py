@@ -365,7 +365,9 @@ def test_the_other_version_is_not_taken_for_what_it_says(
     refused(tmp_path / "model", f"set checkpoint_format to '{written}' in its settings")
 
 
-@pytest.mark.parametrize("settings", [None, {"quant_method": "compressed-tensors", **PACK_QUANTIZED}])
+@pytest.mark.parametrize(
+    "settings", [None, {"quant_method": "compressed-tensors", **PACK_QUANTIZED}]
+)
 def test_settings_that_are_missing_or_of_another(
     checkpoint: Path, tmp_path: Path, settings: dict[str, Any] | None
 ) -> None:
