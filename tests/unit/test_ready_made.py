@@ -356,6 +356,27 @@ def test_damaged_tensors(checkpoint: Path, tmp_path: Path, name: str) -> None:
     refused(model, match)
 
 
+def test_awq_is_what_its_own_library_packs_and_dequantizes() -> None:
+    """AutoAWQ, where it is installed: it asks for packages that nothing else here needs."""
+    gemm = pytest.importorskip("awq.modules.linear.gemm")
+    from awq.utils.packing_utils import dequantize_gemm
+
+    shape = (64, 256)
+    weight = random_weight(shape, 3, dtype=torch.float16, asymmetric=True)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data = weight.values()
+    zeros = torch.from_numpy(weight.zeros).float()
+    packed = gemm.WQLinear_GEMM.from_linear(
+        linear, 4, 128, scales=weight.scales.T.float().contiguous(), zeros=zeros.T.contiguous()
+    )
+    tensors = {what: getattr(packed, what).cpu() for what in ("qweight", "qzeros", "scales")}
+    layout = Awq({"bits": 4, "group_size": 128}, "here")
+    ours = layout.rows(layout.prepare(tensors, shape), 0, shape[0]).values().view(shape)
+    assert ours.equal(weight.values())
+    theirs = dequantize_gemm(*tensors.values(), 4, 128).T
+    assert ours.half().equal(theirs)
+
+
 @pytest.mark.parametrize(("written", "claimed"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
 def test_the_other_version_is_not_taken_for_what_it_says(
     tmp_path: Path, written: str, claimed: str
