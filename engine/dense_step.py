@@ -140,9 +140,13 @@ class DenseStep:
     # Pieces: what is captured. They read and write memory that stays where it is. -----------------
 
     def _placed(self, layer: _Layer, memory: Memory) -> torch.Tensor:
-        """Turn q and k by the position's angles; k and v go where the past is kept. q is the result."""
-        shape = (1, 1, -1, layer.attention.head_dim)
-        q, k, v = (self._outs[name].view(shape).transpose(1, 2) for name in ("q", "k", "v"))
+        """Turn q and k by the position's angles, after their norms if there are any; k and v go where the
+        past is kept. q is the result."""
+        attention = layer.attention
+        q, k, v = (self._outs[name].view(1, 1, -1, attention.head_dim) for name in ("q", "k", "v"))
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         q, k = self._rotate(q, k, *self._angles)
         for part, states in zip(memory, (k, v), strict=True):
             part.index_copy_(2, self._position, states)

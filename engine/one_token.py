@@ -145,16 +145,18 @@ def glu_kernel(gate, up, planes, count, SIZE: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def attention_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
-    qkv, cosines, sines, keys, values, position, partial, peaks, capacity, scale,
+    qkv, q_norm, k_norm, eps, cosines, sines, keys, values, position, partial, peaks, capacity, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, KV: tl.constexpr,
-    PDL: tl.constexpr,
+    HEAD_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the query heads of one key/value head over one chunk of the past, TILES tiles of TILE
-    tokens (flash-decoding, Dao et al., 2023). Rotates q and k, and writes k and v to the cache.
+    tokens (flash-decoding, Dao et al., 2023). Norms each head of q and k, if HEAD_NORM says so, rotates
+    them, and writes k and v to the cache.
 
     operand   shape                            dtype        layout
     qkv       [(HEADS + 2 KV) DIM]             fp32         q, k, v of the new token, not yet rotated
+    q_norm    [DIM]                            bf16, fp16   weights of the norm; k_norm likewise
     cosines   [any, DIM]                       bf16, fp16   by position; sines likewise
     keys      [KV, capacity, DIM]              bf16, fp16   contiguous; values likewise
     position  [1]                              int32        of the new token: how many are in the cache
@@ -172,6 +174,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
         cosine = tl.load(cosines + here * DIM + dim).to(tl.float32)
         sine = tl.load(sines + here * DIM + dim).to(tl.float32)
         sine = tl.where(dim < DIM // 2, -sine, sine)
+        q_cosine, q_sine, k_cosine, k_sine = cosine, sine, cosine, sine
+        if HEAD_NORM:
+            q_cosine *= tl.load(q_norm + dim).to(tl.float32)
+            q_sine *= tl.load(q_norm + turned).to(tl.float32)
+            k_cosine *= tl.load(k_norm + dim).to(tl.float32)
+            k_sine *= tl.load(k_norm + turned).to(tl.float32)
         past = head * capacity * DIM
         token = start + tl.arange(0, TILE)
         at = past + token[:, None] * DIM + dim[None, :]
@@ -181,11 +189,16 @@ def attention_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915
             gdc_wait()
         row = ((head * GROUP + lane) * DIM)[:, None]
         real = (lane < GROUP)[:, None]
-        q = tl.load(qkv + row + dim[None, :], mask=real, other=0.0) * cosine[None, :]
-        q += tl.load(qkv + row + turned[None, :], mask=real, other=0.0) * sine[None, :]
-        q = (q * scale).to(key.dtype)
+        straight = tl.load(qkv + row + dim[None, :], mask=real, other=0.0)
+        q = straight * q_cosine[None, :]
+        q += tl.load(qkv + row + turned[None, :], mask=real, other=0.0) * q_sine[None, :]
         k_at = qkv + (HEADS + head) * DIM
-        k = (tl.load(k_at + dim) * cosine + tl.load(k_at + turned) * sine).to(key.dtype)
+        k_straight = tl.load(k_at + dim)
+        k = k_straight * k_cosine + tl.load(k_at + turned) * k_sine
+        if HEAD_NORM:
+            q *= tl.rsqrt(tl.sum(straight * straight, 1) / DIM + eps)[:, None]
+            k *= tl.rsqrt(tl.sum(k_straight * k_straight, 0) / DIM + eps)
+        q, k = (q * scale).to(key.dtype), k.to(key.dtype)
         v = tl.load(qkv + (HEADS + KV + head) * DIM + dim).to(value.dtype)
         if here < start + TILE * TILES:
             tl.store(keys + past + here * DIM + dim, k)

@@ -1,4 +1,4 @@
-"""One token through a Qwen2, Llama or Mistral by fused kernels: a layer is four products, one attention.
+"""One token through a model of `common.families` by fused kernels: a layer is four products, one attention.
 
 Replaces transformers' forward for decoding with packed weights on CUDA: the same mathematics, with
 activations in fp32 between the products. Weights are acquired as everywhere; what is not granted together,
@@ -38,6 +38,7 @@ from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one, ring
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
+WIDE_HEADS = 128  # elements: beyond, four warps have not the registers
 
 
 @dataclass
@@ -49,6 +50,7 @@ class _Layer:
     gated: list[FedLinear]  # gate, up
     down: FedLinear
     bias: torch.Tensor | None  # of q, k and v, if they have one
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None  # of q and k, if they have any
     norm: torch.Tensor  # before attention
     norm_mlp: torch.Tensor
 
@@ -219,7 +221,7 @@ class Step:
             last = index + 1 == len(self._layers)
             after = model.norm.weight if last else self._layers[index + 1].norm
             self._multiply(layer.attention, self._planes, layer.bias, self._qkv, norm=True)
-            self._attend(kept)
+            self._attend(layer, kept)
             self._add(layer.out, self._planes_out, layer.norm_mlp)
             self._gate(layer.gated)
             self._add(layer.down, self._planes_inner, after)
@@ -294,18 +296,20 @@ class Step:
             packed = _packed(linears, leases)
             multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
 
-    def _attend(self, past: PastLayer) -> None:
+    def _attend(self, layer: _Layer, past: PastLayer) -> None:
         assert past.memory is not None and self._tables is not None
+        norms = layer.head_norms or (layer.norm, layer.norm)  # there must be something
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
-            "num_warps": 4, "launch_pdl": self._pdl,
+            "num_warps": attention_warps(self._dim), "launch_pdl": self._pdl,
         }  # fmt: skip
         tiles = self._tiles
         chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
         attention_kernel[(self._kv, chunks)](
-            self._qkv, *self._tables, *past.memory, self._position, self._partial, self._peaks,
-            past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles, **shape,
+            self._qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory, self._position,
+            self._partial, self._peaks, past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles,
+            HEAD_NORM=layer.head_norms is not None, **shape,
         )  # fmt: skip
         combine_kernel[(self._heads,)](
             self._partial, self._peaks, self._position, self._planes_out,
@@ -377,6 +381,11 @@ class Step:
         self._graph = None
 
 
+def attention_warps(dim: int) -> int:
+    """Of a program of attention, by the elements of a head."""
+    return 4 if dim <= WIDE_HEADS else 8
+
+
 def _biased_as_stepped(layer: Any) -> bool:
     """Whether q, k and v have biases all or none, and nothing else has."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -391,12 +400,14 @@ def _layer(layer: Any) -> _Layer:
     attention = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
     biases = [linear.bias for linear in attention]
     bias = None if any(b is None for b in biases) else torch.cat([b.data for b in biases])
+    q_norm = getattr(layer.self_attn, "q_norm", None)
     return _Layer(
         attention=attention,
         out=layer.self_attn.o_proj,
         gated=[layer.mlp.gate_proj, layer.mlp.up_proj],
         down=layer.mlp.down_proj,
         bias=bias,
+        head_norms=None if q_norm is None else (q_norm.weight, layer.self_attn.k_norm.weight),
         norm=layer.input_layernorm.weight,
         norm_mlp=layer.post_attention_layernorm.weight,
     )

@@ -181,7 +181,7 @@ def _tokens_kernel(  # type: ignore[no-untyped-def]
         x_even = tl.load(x_at + run * HALF)
         x_odd = tl.load(x_at + TOKENS * (K // 2) + run * HALF)
         even, odd = _unpack(data, ASM, x_even.dtype)
-        if not ASM:  # the interpreter multiplies no bf16
+        if not ASM:  # neither the interpreter nor an old device multiplies bf16
             even, odd = even.to(tl.float32), odd.to(tl.float32)
             x_even, x_odd = x_even.to(tl.float32), x_odd.to(tl.float32)
         product = tl.dot(even, x_even)
@@ -334,6 +334,14 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@cache
+def _assembled(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has the instructions of `_unpack`: arithmetic of bf16 came with 8.0."""
+    if interpreted():
+        return False
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def multiply_tokens(
     planes: torch.Tensor,
     tokens: int,
@@ -356,7 +364,8 @@ def multiply_tokens(
         bias if bias is not None else y, y, scratch.parts, scratch.counters,
         *places, total, columns, tokens,
         ROWS=cut.rows, SPLIT=split, BIAS=bias is not None, RUN=run, TOKENS=MAX_TOKENS,
-        ASM=not interpreted(), PARTS=cut.parts, PDL=dependent_launch(planes.device),
+        ASM=_assembled(planes.device, planes.dtype), PARTS=cut.parts,
+        PDL=dependent_launch(planes.device),
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=dependent_launch(planes.device),
     )  # fmt: skip
 

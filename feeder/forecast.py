@@ -14,7 +14,16 @@ from common.plan import Capacity, Plan
 from common.quality import Quality
 from feeder.measure import Measured
 from feeder.scheduler import Scheduler
-from feeder.simulation import ENGINE_US, Hardware, Simulation, Steady, Traffic, engine_us
+from feeder.simulation import (
+    ENGINE_US,
+    FORWARD_US,
+    Hardware,
+    Simulation,
+    Steady,
+    Traffic,
+    engine_us,
+    forward_us,
+)
 from feeder.strategies.base import Strategy
 from feeder.topology import PcieLink
 
@@ -101,25 +110,28 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
     """The simulation's figures of this machine. Only where it was measured. ``subject``: what runs."""
     measured = around.measured
     assert measured is not None
-    host_us = ENGINE_CPU_US
+    token_us, prompt_us = ENGINE_CPU_US, ENGINE_CPU_US
     if around.device == "cuda":
-        host_us = ENGINE_US if subject is None else _engine_us(subject)
+        token_us, prompt_us = (ENGINE_US, FORWARD_US) if subject is None else _engine_us(subject)
     slower = measured.launch_s * 1e6 / LAUNCH_US[around.device]
     return Hardware(
         link=measured.link,
         device=measured.device,
         matmul=measured.matmul,
-        engine_s=host_us * 1e-6 * slower,
+        engine_s=token_us * 1e-6 * slower,
+        prompt_s=prompt_us * 1e-6 * slower,
         staging_bytes=staging_bytes,
         dequantize=measured.dequantize,
     )
 
 
-def _engine_us(subject: Subject) -> float:
+def _engine_us(subject: Subject) -> tuple[float, float]:
+    """For each weight, of a token and of a prompt."""
     family = FAMILIES.get(subject.config.get("model_type", ""))
     packed = not any(subject.traffic.moved)
     stays = subject.capacity.holds(subject.sizes)
-    return engine_us(packed, stays, family is None or family.stepped)
+    stepped = family is None or family.stepped
+    return engine_us(packed, stays, stepped), forward_us(packed)
 
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:

@@ -19,7 +19,7 @@ import torch
 
 from common.blocks import PACKED_ALIGNMENT, code_bytes, packed_span, scale_count, scales_offset
 from common.config import format_bytes
-from common.errors import PeerError
+from common.errors import PeerError, StoreCorruptError
 from common.log import log
 from common.memory import PIN_CHUNK_BYTES, Memory
 from common.progress import progress
@@ -95,15 +95,28 @@ class HostStore:
 
     @classmethod
     def adopt(cls, store: Store, memory: Memory, keep_name: str) -> HostStore | None:
-        """The host store that a former feeder left under ``keep_name``, or None if it left none."""
-        _, size_bytes = lay_out(store.weights)
+        """The host store that a former feeder left under ``keep_name``, or None if it left none.
+
+        Verified as a file is, while it is being pinned. Raises StoreCorruptError, naming the weight.
+        """
+        places, size_bytes = lay_out(store.weights)
         try:
             shared = SharedMemory.open(str(SHM_DIRECTORY / keep_name), size_bytes, writable=True)
         except (OSError, PeerError):
             return None
         start = time.monotonic()
-        unpin = memory.pin(shared.tensor)
-        log.debug("page-locked in %.1f s", time.monotonic() - start)
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="check") as checker:
+                checked = checker.submit(_check, store, places, shared.tensor)
+                unpin = memory.pin(shared.tensor)
+        except BaseException:
+            shared.close()
+            raise
+        if error := checked.exception():
+            unpin()
+            shared.close()
+            raise error
+        log.debug("checked and page-locked in %.1f s", time.monotonic() - start)
         return cls(store, shared, unpin)
 
     def close(self) -> None:
@@ -126,26 +139,57 @@ class HostStore:
 
 
 def _read(store: Store, places: list[Place], destination: torch.Tensor) -> None:
-    """All weights, in parallel, the largest first: each is read straight into place, and checked
-    there. When one fails, or this thread is interrupted, the others stop too."""
+    """All weights: each is read straight into place, and checked there."""
+
+    def read(index: int, stop: threading.Event) -> None:
+        entry, place = store.weights[index], places[index]
+        codes, gap, scales = _parts(place, destination)
+        store.read_weight_into(entry, codes, scales, stop)
+        gap.zero_()
+        store.check(entry, codes, scales)
+
+    _for_all(store, read, "loading the store")
+
+
+def _check(store: Store, places: list[Place], held: torch.Tensor) -> None:
+    """All weights, where they lie."""
+
+    def check(index: int, stop: threading.Event) -> None:
+        codes, _, scales = _parts(places[index], held)
+        if stop.is_set():
+            return
+        entry = store.weights[index]
+        try:
+            store.check(entry, codes, scales)
+        except StoreCorruptError:  # whose advice is about a file
+            raise StoreCorruptError(f"{entry.name} is not what was loaded") from None
+
+    _for_all(store, check, "checking the kept store")
+
+
+def _parts(place: Place, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight's codes, what lies between, and its scales, all uint8."""
+    packed = memory[place.offset_bytes :][: place.size_bytes]
+    end = code_bytes(place.elements)
+    scales = packed[place.scales_at :][: 2 * scale_count(place.elements)]
+    return packed[:end], packed[end : place.scales_at], scales
+
+
+def _for_all(store: Store, work: Callable[[int, threading.Event], None], what: str) -> None:
+    """``work`` for each weight, in parallel, the largest first. When one fails, or this thread is
+    interrupted, the others are told to stop."""
     stop = threading.Event()
 
-    def read(index: int) -> int:
-        entry, place = store.weights[index], places[index]
-        packed = destination[place.offset_bytes :][: place.size_bytes]
-        codes = packed[: code_bytes(place.elements)]
-        scales = packed[place.scales_at :][: 2 * scale_count(place.elements)]
-        store.read_weight_into(entry, codes, scales, stop)
-        packed[codes.numel() : place.scales_at] = 0
-        store.check(entry, codes, scales)
-        return entry.packed_bytes
+    def run(index: int) -> int:
+        work(index, stop)
+        return store.weights[index].packed_bytes
 
-    order = sorted(range(len(places)), key=lambda index: -places[index].size_bytes)
+    order = sorted(range(len(store.weights)), key=lambda index: -store.weights[index].packed_bytes)
     workers = min(16, len(os.sched_getaffinity(0)))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
-        with progress(store.packed_bytes, "loading the store") as bar:
-            for size in pool.map(read, order):
+        with progress(store.packed_bytes, what) as bar:
+            for size in pool.map(run, order):
                 bar.update(size)
     finally:
         stop.set()

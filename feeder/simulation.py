@@ -23,8 +23,8 @@ ENGINE_US = 180.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
-#: Without a step: transformers' own forward pass, with dequantized slots and with packed ones. Measured on
-#: an H100 machine: 142 and 85 ms of a token of the 32B shape.
+#: Of a pass over a prompt, or of a token without a step: transformers' own forward pass, with dequantized
+#: slots and with packed ones. Measured on an H100 machine: 142 and 85 ms of a token of the 32B shape.
 FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
 HANDOVER_US = 200.0
@@ -46,19 +46,25 @@ def engine_us(packed: bool, everything: bool, stepped: bool = True) -> float:
     ``everything`` there, packed, to stay, there is none: a token is one launch of a CUDA graph.
     ``stepped``: whether single tokens of this family take a step."""
     if not stepped:
-        return FORWARD_PACKED_US if packed else FORWARD_US
+        return forward_us(packed)
     if not packed:
         return ENGINE_US
     return 0.0 if everything else STEP_US
+
+
+def forward_us(packed: bool) -> float:
+    """The same of a pass over a prompt."""
+    return FORWARD_PACKED_US if packed else FORWARD_US
 
 
 @dataclass(frozen=True)
 class Hardware:
     """``link`` and ``device``: bytes a second; ``matmul``: floating-point operations a second.
 
-    ``engine_s`` and ``handover_s``: for each weight. ``staging_bytes``: packed bytes that may be
-    copied before there is a slot for them. ``dequantize``: packed bytes a second where that is not a
-    matter of device memory: on the CPU, which has a thread for fills; 0 elsewhere.
+    ``engine_s``, of a token, ``prompt_s``, of a prompt, and ``handover_s``: for each weight.
+    ``staging_bytes``: packed bytes that may be copied before there is a slot for them. ``dequantize``:
+    packed bytes a second where that is not a matter of device memory: on the CPU, which has a thread
+    for fills; 0 elsewhere.
     """
 
     link: float
@@ -68,6 +74,7 @@ class Hardware:
     matmul: float = float("inf")
     staging_bytes: int = STAGING_BYTES
     dequantize: float = 0.0
+    prompt_s: float = FORWARD_US * 1e-6
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ class Simulation:
     def _use(self, weight: int, tokens: int) -> None:
         hardware, scheduler = self._hardware, self._scheduler
         self._waiting = weight
-        self._advance(self._now + hardware.engine_s)
+        self._advance(self._now + (hardware.engine_s if tokens == 1 else hardware.prompt_s))
         self._return([p for p in self._running if p[0] <= self._now])
         if weight not in self._granted:
             self._return(self._running)  # while it waits, the engine looks all the time

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.config import Cache, batch_of, format_bytes, parse_size
-from common.errors import StoreError, UsageError
+from common.errors import StoreCorruptError, StoreError, UsageError
 from common.formats import PACKED
 from common.log import log
 from common.memory import Memory, memory_for
@@ -140,7 +140,12 @@ def _host_store(store: Store, memory: Memory, arguments: argparse.Namespace) -> 
         ours = left.lstat().st_uid == os.getuid()
         if ours and left.name != name:  # of another store, or half-loaded; we have the lock
             left.unlink(missing_ok=True)
-    adopted = HostStore.adopt(store, memory, name)
+    try:
+        adopted = HostStore.adopt(store, memory, name)
+    except StoreCorruptError as error:
+        log.warning("the host store that a former feeder kept is damaged: %s; loading again", error)
+        (SHM_DIRECTORY / name).unlink(missing_ok=True)
+        adopted = None
     if adopted is not None:
         log.info("the host store that a former feeder kept is used again")
         if not arguments.keep_store:  # it is ours now, and ends with us

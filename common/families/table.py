@@ -177,6 +177,7 @@ FAMILIES = {
             _switched_windows,
             flags=("use_sliding_window", "attention_bias"),
             silent_head_dim=128,
+            stepped=True,
         ),
         Family(
             "llama",

@@ -28,6 +28,7 @@ MODELS = {
         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 4096,
     },
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "qwen3": {"model_type": "qwen3", "attention_bias": True},
     "mistral": {"model_type": "mistral", "num_attention_heads": 3, "num_key_value_heads": 3},
 }  # fmt: skip
 

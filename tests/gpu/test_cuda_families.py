@@ -26,12 +26,13 @@ _SIZES: dict[str, Any] = {
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
-#: No biases; heads that are not hidden_size over heads; rotary tables that are scaled.
+#: No biases; heads that are not hidden_size over heads, or have norms; rotary tables that are scaled.
 STEPPED: dict[str, dict[str, Any]] = {
     "llama": {
         **_SIZES, "model_type": "llama", "head_dim": 64, "rope_theta": 500000.0,
         "rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 64},
     },
+    "qwen3": {**_SIZES, "model_type": "qwen3", "head_dim": 64, "rope_theta": 1000000.0},
     "llama, tied": {**_SIZES, "model_type": "llama", "tie_word_embeddings": True},
     "mistral": {
         **_SIZES, "model_type": "mistral", "head_dim": 128, "sliding_window": 512,

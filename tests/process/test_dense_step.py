@@ -6,6 +6,7 @@ Here without CUDA graphs; tests/gpu/test_cuda_dense_step.py has them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,18 @@ def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None
             step(ids[:, :1], cache)
 
 
-def test_another_family_in_another_dtype(room: Room, tmp_path: Path) -> None:
-    config = LAYER | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
-    checkpoint = make_model(tmp_path / "model", config | {"hidden_act": "gelu"})
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"model_type": "qwen3", "attention_bias": True},
+    ],
+    ids=["llama", "qwen3"],
+)
+def test_other_families_in_another_dtype(
+    room: Room, tmp_path: Path, family: dict[str, Any]
+) -> None:
+    checkpoint = make_model(tmp_path / "model", LAYER | family)
     quantize_checkpoint(checkpoint, tmp_path / "store", "cpu", progress=False)
     reference = reference_model(checkpoint, torch.bfloat16)
     flags = ("--slots=dequantized", "--cache=3", "--dtype=bfloat16")

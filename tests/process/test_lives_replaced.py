@@ -197,3 +197,22 @@ def test_the_host_store_survives_its_feeder(
     assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
     lives.stop(room, last, name)
     assert room.shared_entries() == before
+
+
+def test_a_kept_host_store_that_was_damaged(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    name, before = room.name, room.shared_entries()
+    lives.stop(room, room.feeder(*lives.feeder_flags(long_store), "--keep-store", name=name), name)
+    (entry,) = room.shared_entries() - before
+    with open(f"/dev/shm/{entry}", "r+b") as held:
+        held.seek(128 * 192 // 2 + 1000)  # amid the first layer
+        byte = held.read(1)[0]
+        held.seek(-1, os.SEEK_CUR)
+        held.write(bytes([byte ^ 4]))
+    feeder = room.feeder(*lives.feeder_flags(long_store), name=name)
+    feeder.until_said("the host store that a former feeder kept is damaged: model.layers.0.")
+    ended = room.engine(*lives.engine_flags(20), f"--name={name}").wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:20], ended.err
+    lives.stop(room, feeder, name)
+    assert room.shared_entries() == before

@@ -21,7 +21,7 @@ from feeder.forecast import (
     hardware,
 )
 from feeder.measure import Measured
-from feeder.simulation import ENGINE_US, Hardware, Traffic
+from feeder.simulation import ENGINE_US, FUSED_SHARE, Hardware, Traffic
 from feeder.strategies.registry import make_strategy
 from feeder.topology import PcieLink
 
@@ -119,6 +119,19 @@ def test_the_longest_prompt_is_set_by_products() -> None:
     assert 14 * 8650752 / 10e9 <= found.ttft_s[16] <= 17 * 8650752 / 10e9
     assert found.ttft_s[4096] == pytest.approx(4096 * flops / 1e14, rel=0.1)
     assert found.ttft_s[16] <= found.ttft_s[512] <= found.ttft_s[4096]
+
+
+def test_a_prompt_takes_a_forward_pass_where_a_token_is_one_launch() -> None:
+    elements, sizes = [16 * MIB] * 20, [9 * MIB] * 20
+    what = Subject(
+        "some-store", Plan(tuple(range(20))), sizes, Traffic.of(elements, sizes, range(20)), CONFIG,
+        Capacity(20, sum(sizes)), all_fit=True,
+    )  # fmt: skip
+    machine = hardware(GPU, 0, what)
+    found = forecast(what, make_strategy("resident"), machine)
+    assert machine.engine_s == 0 < machine.prompt_s
+    assert found.steady.seconds == pytest.approx(20 * 8650752 / (FUSED_SHARE * 1e12), rel=0.01)
+    assert found.ttft_s[16] == pytest.approx(20 * machine.prompt_s, rel=0.05)
 
 
 def test_on_the_cpu_there_is_no_link() -> None:

@@ -51,7 +51,7 @@ def hardware(
     matmul: float = float("inf"),
     staging_bytes: int = 0,
 ) -> Hardware:
-    return Hardware(link, device, engine_s, handover_s, matmul, staging_bytes)
+    return Hardware(link, device, engine_s, handover_s, matmul, staging_bytes, prompt_s=engine_s)
 
 
 def test_the_simulated_filler_is_the_real_one() -> None:

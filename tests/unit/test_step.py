@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,14 @@ def build(config: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(theirs(config))
 
 
+def test_a_family_of_which_no_step_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FITS | {"model_type": "llama"})
+    model.set_attn_implementation("sdpa")
+    assert misfit(model) == unfit(model) == ""
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], stepped=False))
+    assert misfit(model) == unfit(model) == "there is none for the family llama"
+
+
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if FAMILIES[name].stepped])
 def test_each_stepped_family_has_models_that_fit(model_type: str) -> None:
     model = build(FITS | {"model_type": model_type})
@@ -42,7 +51,7 @@ def test_each_stepped_family_has_models_that_fit(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "qwen3"}, "there is none for the family qwen3"),
+        ({"model_type": "qwen3", "attention_bias": True}, "it has biases beside q, k and v's"),
         ({"model_type": "mistral", "sliding_window": 511}, "its window of 511 is shorter than its"),
         ({"model_type": "mistral", "sliding_window": None}, ""),
         (
@@ -86,7 +95,7 @@ def test_models_of_the_other_tests() -> None:
     [
         ({"model_type": "qwen2"}, ""),
         ({"model_type": "llama", "mlp_bias": True, "hidden_act": "gelu", "head_dim": 48}, ""),
-        ({"model_type": "qwen3"}, "there is none for the family qwen3"),
+        ({"model_type": "qwen3", "attention_bias": True}, ""),
         ({"model_type": "mistral", "sliding_window": 511}, "its window of 511 is shorter than its"),
         ({"model_type": "mistral", "sliding_window": None}, ""),
     ],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from common.dequantize import interpreted
 from engine.one_token import (
@@ -233,12 +233,14 @@ def attention() -> int:
     for heads, kv in ((6, 2), (4, 4), (5, 1)):
         for tiles, chunks in ((1, 8), (4, 2)):
             for here in (0, 15, 16, 31, 100, CAPACITY - 1):
-                check_attention(heads, kv, tiles, chunks, here)
+                check_attention(heads, kv, tiles, chunks, here, head_norms=here % 2 == 1)
                 checked += 1
     return checked
 
 
-def check_attention(heads: int, kv: int, tiles: int, chunks: int, here: int) -> None:
+def check_attention(
+    heads: int, kv: int, tiles: int, chunks: int, here: int, head_norms: bool
+) -> None:
     """With so many heads and the past cut so, for the token at position ``here``."""
     past = normal(2, kv, CAPACITY, DIM, seed=here)
     past[:, :, here:] = torch.nan  # not there yet
@@ -253,13 +255,18 @@ def check_attention(heads: int, kv: int, tiles: int, chunks: int, here: int) -> 
         "HEADS": heads, "GROUP": heads // kv, "PADDED": 16, "DIM": DIM, "CHUNKS": chunks, "KV": kv,
         "PDL": False,
     }  # fmt: skip
+    norms = normal(2, DIM, seed=here + 2)
     attention_kernel[(kv, chunks)](
-        qkv, *tables, keys, values, position, partial, peaks, CAPACITY, DIM**-0.5,
-        TILE=TILE, TILES=tiles, **shape,
+        qkv, *norms, EPS, *tables, keys, values, position, partial, peaks, CAPACITY, DIM**-0.5,
+        TILE=TILE, TILES=tiles, HEAD_NORM=head_norms, **shape,
     )  # fmt: skip
     combine_kernel[(heads,)](partial, peaks, position, planes, CHUNK=TILE * tiles, **shape)
 
     q, k, v = qkv.split([heads, kv, kv])
+    if head_norms:
+        q, k = (
+            rms_norm(x.double(), [DIM], y.double(), EPS) for x, y in zip((q, k), norms, strict=True)
+        )
     k = rotated(k, here)
     all_keys = torch.cat([past[0, :, :here].double(), k[:, None]], 1)
     all_values = torch.cat([past[1, :, :here], v[:, None]], 1).double()

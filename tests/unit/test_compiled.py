@@ -1,0 +1,164 @@
+"""Kernels as they are compiled for devices that are not here: they find room in registers and shared memory.
+
+A kernel that spills is slow, one that wants more shared memory than there is does not start, and neither
+shows where there is no such device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from common.dequantize import BLOCKS_PER_PROGRAM, _dequantize_kernel
+from engine.batch.kernels import ALIGNED, TILE, TILES, _chunks_kernel
+from engine.cuts import tokens_cut
+from engine.one_token import GLU, PLAIN, RESIDUAL, attention_kernel, combine_kernel
+from engine.ring import TILE as RING_TILE
+from engine.ring import UNIT, ring_kernel
+from engine.step import TILE_TOKENS, attention_warps
+from engine.w4a16 import MAX_TOKENS, RING, _tokens_kernel
+
+#: Compute capability, and the most bytes of shared memory that a program may have: RTX 30 (RTX 40, which
+#: is 89, gets nearly the same code); H100; RTX 50.
+DEVICES = {86: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+OLD, OLD_SHARED = 75, 64 << 10  # RTX 20 and T4, without arithmetic of bf16
+DEPENDENT = 90  # from here on kernels are launched before the one before has ended
+BLOCK = 128
+MOST_STACK = 128  # bytes: a few numbers of a thread, not those of a loop
+#: What parameters are, by name; all others are 32-bit integers.
+KINDS = {
+    "fp32": ("eps", "scale"),
+    "*fp32": (
+        "planes", "sums", "hidden", "next_planes", "next_sums", "qkv", "partial", "peaks", "parts", "y",
+    ),
+    "*bf16": (
+        "scales", "bias", "norm", "q_norm", "k_norm", "cosines", "sines", "keys", "values", "query",
+        "key", "value", "memory", "output",
+    ),
+    "*i32": ("words", "counters", "position", "rows", "lengths"),
+    "*i64": ("places",),
+    "*i8": ("pairs",),
+}  # fmt: skip
+#: Integers that are multiples of 16 wherever they are given.
+EVEN = {"code0", "code1", "code2", "total", "capacity"}
+
+
+def ring(mode: int, columns: int, pdl: bool) -> tuple[Any, ...]:
+    constants = {
+        "K": columns, "TILE": RING_TILE, "RUNS": UNIT // BLOCK, "PARTS": -(-columns // UNIT),
+        "STAGES": RING.stages, "BIAS": mode == int(PLAIN), "RUN": BLOCK, "MODE": mode,
+        "NORM": mode != int(RESIDUAL), "SUMS": 512, "AT_ONCE": 128, "PDL": pdl,
+        "EARLY": RING.early, "ASM": True,
+    }  # fmt: skip
+    options = {"num_warps": RING.warps, "maxnreg": RING.registers}
+    return ring_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), {}
+
+
+def tokens(rows: tuple[int, ...], columns: int, asm: bool, pdl: bool) -> tuple[Any, ...]:
+    cut = tokens_cut(rows, columns)
+    constants = {
+        "ROWS": cut.rows, "SPLIT": cut.parts if cut.split else 1, "BIAS": True, "RUN": BLOCK,
+        "TOKENS": MAX_TOKENS, "ASM": asm, "PARTS": cut.parts, "PDL": pdl,
+    }  # fmt: skip
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    wide = {"planes": "*bf16", "y": "*bf16"}
+    return _tokens_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), wide
+
+
+def attention(dim: int, head_norm: bool, pdl: bool) -> tuple[Any, ...]:
+    constants = {
+        "HEADS": 40, "GROUP": 5, "PADDED": 16, "DIM": dim, "TILE": TILE_TOKENS, "TILES": 2,
+        "CHUNKS": 64, "KV": 8, "HEAD_NORM": head_norm, "PDL": pdl,
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": attention_warps(dim)}
+    return attention_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), {}
+
+
+def combine(pdl: bool) -> tuple[Any, ...]:
+    constants = {
+        "HEADS": 40, "GROUP": 5, "PADDED": 16, "DIM": 128, "CHUNK": 64, "CHUNKS": 64, "KV": 8,
+        "PDL": pdl,
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": attention_warps(128)}
+    return combine_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), {}
+
+
+def chunks() -> tuple[Any, ...]:
+    constants = {
+        "GROUP": 5, "PADDED": 16, "DIM": 128, "KV": 8, "TILE": TILE, "TILES": TILES,
+        "ALIGNED": ALIGNED,
+    }  # fmt: skip
+    return _chunks_kernel, constants, {"num_warps": 4}, {}
+
+
+def dequantizer() -> tuple[Any, ...]:
+    kinds = {"codes": "*i8", "out": "*bf16", "elements": "i64"}
+    return _dequantize_kernel, {"BLOCKS": BLOCKS_PER_PROGRAM}, {"num_warps": 4}, kinds
+
+
+def kernels(device: int) -> dict[str, tuple[Any, ...]]:
+    """Of a 32B model, a 7B one, and one with heads of 256 elements."""
+    pdl, asm = device >= DEPENDENT, device != OLD
+    return {
+        "q, k, v": ring(int(PLAIN), 5120, pdl),
+        "gate, up": ring(int(GLU), 5120, pdl),
+        "down": ring(int(RESIDUAL), 27648, pdl),
+        "gate, up of some tokens": tokens((27648, 27648), 5120, asm, pdl),
+        "o of some tokens": tokens((3584,), 3584, asm, pdl),
+        "attention": attention(128, False, pdl),
+        "attention, norms of heads": attention(128, True, pdl),
+        "attention, large heads": attention(256, False, pdl),
+        "chunks put together": combine(pdl),
+        "attention of many": chunks(),
+        "dequantizer": dequantizer(),
+    }
+
+
+def compiled(device: int, kernel: Any, constants: Any, options: Any, kinds: Any) -> Any:
+    names = kernel.arg_names
+    kinds = {name: kind for kind, several in KINDS.items() for name in several} | kinds
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    even = [n for n in names if signature[n].startswith("*") or n in EVEN]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", device, 32), options=options)
+
+
+def stack_bytes(cubin: bytes, path: Path) -> int:
+    """What a thread keeps in memory because registers do not suffice."""
+    path.write_bytes(cubin)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return int(re.findall(r"STACK:(\d+)", done.stdout)[-1])
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_find_room(device: int, tmp_path: Path) -> None:
+    found = {}
+    for name, kernel in kernels(device).items():
+        done = compiled(device, *kernel)
+        stack = stack_bytes(done.asm["cubin"], tmp_path / "kernel")
+        found[name] = (done.metadata.shared, stack)
+    for name, (shared, stack) in found.items():
+        assert shared <= DEVICES[device], (name, shared)
+        assert stack <= MOST_STACK, (name, stack)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", ["down", "o of some tokens", "attention", "dequantizer"])
+def test_an_old_device_can_do_it_slowly(name: str) -> None:
+    done = compiled(OLD, *kernels(OLD)[name])
+    assert done.metadata.shared <= OLD_SHARED
