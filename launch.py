@@ -100,9 +100,9 @@ def main(argv: list[str]) -> int:
             parse_size(arguments.vram)
         if arguments.strategy is not None:
             strategy_file(arguments.strategy)
-        _speculation(arguments)
         many = arguments.command == "serve" or getattr(arguments, "prompts", None) is not None
         batch = batch_asked(arguments, many)
+        _speculation(arguments)
         arguments.batch = batch if many else None  # the feeder plans for as many
         with _trace(arguments.trace), _run_directory(arguments.name), Supervisor() as supervisor:
             return _run(arguments, feeder_actions, engine_actions, supervisor)

@@ -15,15 +15,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.arguments import DTYPES, Parser
 from common.entry import run_process
 from common.errors import UsageError
 from common.log import log
 from common.process import Leash
-from feeder.methods import CALIBRATED, METHODS
-from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, tokenizer_home
+from feeder.methods import CALIBRATED, METHODS, rule
+from feeder.texts import CALIBRATION, MEASUREMENT, Excerpt, Rows, Text, tokenizer_home
+
+if TYPE_CHECKING:
+    from feeder.checkpoints.source import Source
 
 _EPILOG = """\
 examples:
@@ -48,7 +51,7 @@ def parser() -> Parser:
     everything = ",".join([*METHODS, *CALIBRATED])
     add("model", type=Path, help="the checkpoint")
     add("store", type=Path, nargs="?", help="the store; default: one by each of --methods")
-    add("--methods", default=everything, metavar="A,B", help=f"default: {everything}")
+    add("--methods", metavar="A,B", help=f"default: {everything}")
     add("--text", type=Path, metavar="FILE", help="default: a sample that comes with Python")
     add("--paragraphs", action="store_true", help="each paragraph is a text of its own")
     add("--tokens", type=int, default=MEASUREMENT.tokens, metavar="N", help="of it, at most")
@@ -70,6 +73,7 @@ def main(argv: list[str]) -> int:
 
 def _work(arguments: argparse.Namespace, leash: Leash) -> None:
     from bench.record import finish
+    from feeder.checkpoints.recognize import open_source
 
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"output {arguments.output}: its directory does not exist")
@@ -77,7 +81,17 @@ def _work(arguments: argparse.Namespace, leash: Leash) -> None:
         arguments.text, arguments.tokens, arguments.length, measured=True,
         paragraphs=arguments.paragraphs,
     )  # fmt: skip
-    text = excerpt.text()
+    calibration = replace(
+        CALIBRATION, path=arguments.calibration, tokens=arguments.calibration_tokens,
+        paragraphs=arguments.paragraphs,
+    )  # fmt: skip
+    source, text = open_source(arguments.model), excerpt.text()
+    methods = [] if arguments.store else _methods(arguments.methods, source)
+    with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as scratch:
+        home = tokenizer_home(source.companions(Path(scratch)), arguments.model)
+        rows = excerpt.rows(home, source.config)
+        if CALIBRATED.keys() & set(methods):
+            calibration.rows(home, source.config)  # a mistake in it should not be found at the end
     described = {
         "name": text.name,
         "checksum": text.checksum,
@@ -87,8 +101,9 @@ def _work(arguments: argparse.Namespace, leash: Leash) -> None:
     say = log.info if arguments.json else _print
     stores = []
     say(_HEADER)
-    for path, method, seconds in _stores(arguments):
-        stores.append(compare(arguments, path, excerpt) | {"method": method, **seconds})
+    for path, method, seconds in _stores(arguments, methods, calibration):
+        found = compare(arguments, source, path, text, rows)
+        stores.append(found | {"method": method, **seconds})
         say(line(stores[-1]))
     result = {"model": arguments.model.resolve().name, "text": described, "stores": stores}
     record = finish(result, arguments.output)
@@ -103,8 +118,22 @@ def _print(line: str) -> None:
     print(line, flush=True)
 
 
+def _methods(named: str | None, source: Source) -> list[str]:
+    """The methods of --methods, by default all that can be had. UsageError if one is none of them."""
+    from feeder.quantize import has_values, require_values
+
+    if named is None:
+        return [*METHODS, *(CALIBRATED if has_values(source) else ())]
+    for name in named.split(","):
+        if name in CALIBRATED:
+            require_values(source, name)
+        else:
+            rule(name)
+    return named.split(",")
+
+
 def _stores(
-    arguments: argparse.Namespace,
+    arguments: argparse.Namespace, methods: list[str], calibration: Excerpt
 ) -> Iterator[tuple[Path, str | None, dict[str, float]]]:
     """Each store to compare, the method that it was made by, and the seconds that took, if it is known:
     by the clock, and of all CPU cores together."""
@@ -114,11 +143,7 @@ def _stores(
     if arguments.store:
         yield arguments.store, Store.open(arguments.store).method, {}
         return
-    calibration = replace(
-        CALIBRATION, path=arguments.calibration, tokens=arguments.calibration_tokens,
-        paragraphs=arguments.paragraphs,
-    )  # fmt: skip
-    for method in arguments.methods.split(","):
+    for method in methods:
         with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as directory:
             path, begun = Path(directory) / "store", (time.monotonic(), time.process_time())
             quantize_checkpoint(
@@ -130,24 +155,21 @@ def _stores(
             yield path, method, {"quantize_s": took[0], "quantize_cpu_s": took[1]}
 
 
-def compare(arguments: argparse.Namespace, store_dir: Path, excerpt: Excerpt) -> dict[str, Any]:
+def compare(
+    arguments: argparse.Namespace, source: Source, store_dir: Path, text: Text, rows: Rows
+) -> dict[str, Any]:
     """All figures of one store. Raises UsageError if it is none of this model."""
     import torch
 
     from common.store import Store
     from feeder import divergence
-    from feeder.checkpoints.recognize import open_source
     from feeder.layerwise import of_source, of_store
     from feeder.quantize import choose_device
 
-    source, store = open_source(arguments.model), Store.open(store_dir)
+    store = Store.open(store_dir)
     if store.config != source.config:
         raise UsageError(f"store {store_dir} is of another config than {arguments.model}")
     device, dtype = choose_device(arguments.device), getattr(torch, arguments.dtype)
-    text = excerpt.text()
-    with tempfile.TemporaryDirectory(prefix="weight-feeder-quality-") as scratch:
-        home = tokenizer_home(source.companions(Path(scratch)), arguments.model)
-        rows = excerpt.rows(home, source.config)
     begun = time.monotonic()
     models = of_source(source, device, dtype), of_store(store, device, dtype)
     layers: list[dict[str, float]] = []

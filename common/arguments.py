@@ -241,8 +241,8 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
         parser.add_argument(
             "--speculate", default="auto", metavar="auto|off|lookup[:K]|DIR[:K]",
             help="check up to K tokens in one pass that the text so far suggests, or the small model"
-            " in DIR (for an engine alone: draft[:K]); auto (the default): lookup, on the CPU, while"
-            " weights are streamed",
+            " in DIR (for an engine alone: draft[:K]); auto (the default): lookup while weights are"
+            " streamed, on a GPU for what is sampled without a seed",
         ),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"

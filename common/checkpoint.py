@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.errors import CheckpointError, ConfigError
 from common.families import expected_tensors, is_tied, validate_config
@@ -35,7 +35,9 @@ PIECE_ELEMENTS = 1 << 23  # whole blocks; 16 MiB in bf16
 # How torch calls what checkpoints hold: values, and in quantized ones packed codes and shapes.
 TORCH_DTYPES = RESIDENT_DTYPES | {"I32": "int32", "I64": "int64"}
 
+_PACKED = ("qweight", "weight_packed")  # what quantizers have in place of a weight
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of these
 _COMPANIONS = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
@@ -115,7 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The checkpoint's config.json, validated. Raises ConfigError or CheckpointError."""
     if not path.is_dir():
         found = "is not a directory" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {found}, expected a checkpoint directory")
+        raise CheckpointError(f"{path} {found}, expected a checkpoint directory or a .gguf file")
     try:
         config = read_object(require_inside(path, path / CONFIG_FILE))
     except ValueError as error:
@@ -227,9 +229,7 @@ def expected_places(
     shapes: dict[str, tuple[int, ...]] = here | residents
     for name in shapes:
         if name not in places:
-            raise CheckpointError(
-                f"{path} lacks {name}, which its config expects; fetch the checkpoint again"
-            )
+            _refuse_lacking(path, name, places)
     if is_tied(config) and HEAD in places:
         shapes[HEAD] = shapes[EMBEDDING]
     for name, place in places.items():
@@ -251,6 +251,19 @@ def expected_places(
                 f"{', '.join(RESIDENT_DTYPES)}"
             )
     return {name: places[name] for name in shapes}
+
+
+def _refuse_lacking(path: Path, name: str, places: Collection[str]) -> NoReturn:
+    for packed in _PACKED:
+        found = name.removesuffix("weight") + packed
+        if found in places:
+            raise CheckpointError(
+                f"{path} has {found} where its config expects {name}: what says how it is quantized is "
+                f"missing, or of another; fetch its {CONFIG_FILE}, and quantize_config.json, again"
+            )
+    raise CheckpointError(
+        f"{path} lacks {name}, which its config expects; fetch the checkpoint again"
+    )
 
 
 def _read_into(fd: int, buffer: memoryview, offset: int, ahead_bytes: int) -> None:

@@ -141,8 +141,9 @@ class Speculate:
             draft = Path(os.path.expanduser(name))
             if not name or not draft.is_dir():
                 raise UsageError(
-                    f"speculate {text!r} is not understood: give auto, off, lookup, lookup:K, or a"
-                    " draft model's directory, DIR or DIR:K"
+                    f"speculate {text!r} is not understood, and no directory: give auto, off, lookup,"
+                    f" lookup:K, or a draft model's directory, DIR or DIR:K, with K from 1 to"
+                    f" {MOST_CANDIDATES}"
                 )
             mode = "draft"
         most = int(number) if number else MOST_CANDIDATES

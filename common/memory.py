@@ -47,7 +47,7 @@ class Memory(ABC):
 
     device: torch.device
     identity: str  # the same in every process for the same device
-    allocated: int = 0  # bytes of segments that were allocated here and not closed; on CUDA only
+    allocated: int = 0  # bytes of segments that were allocated here and not closed
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> Segment:
@@ -99,9 +99,9 @@ class Memory(ABC):
 class _CpuSegment(Segment):
     kind = "shm"
 
-    def __init__(self, shared: SharedMemory) -> None:
+    def __init__(self, shared: SharedMemory, owner: CpuMemory | None = None) -> None:
         super().__init__(shared.size_bytes)
-        self._shared = shared
+        self._shared, self._owner = shared, owner
         self.tensor = shared.tensor
 
     @property
@@ -111,6 +111,9 @@ class _CpuSegment(Segment):
     def close(self) -> None:
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._shared.close()
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.allocated -= self.size_bytes
 
 
 class CpuMemory(Memory):
@@ -123,8 +126,9 @@ class CpuMemory(Memory):
         self._peak = self._limit = 0
 
     def allocate(self, size_bytes: int) -> Segment:
-        segment = _CpuSegment(SharedMemory.create(size_bytes, "slots"))
-        self._peak = max(self._peak, size_bytes)
+        segment = _CpuSegment(SharedMemory.create(size_bytes, "slots"), self)
+        self.allocated += size_bytes
+        self._peak = max(self._peak, self.allocated)
         return segment
 
     def open(self, kind: str, handle: bytes, size_bytes: int) -> Segment:

@@ -12,7 +12,7 @@ from typing import Any
 from common.errors import UsageError
 from common.strict_json import read_object
 
-TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 _OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model")  # of models that lack that one
 
 
@@ -23,6 +23,10 @@ def shared_vocabulary(model: Path, draft: Path) -> int:
     far. UsageError, with the reason, if the two differ in more. Without any tokenizer a token is a bare
     number, which means the same to both.
     """
+    if not (draft / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"draft model {draft} has no {CONFIG_FILE}: give the directory of a checkpoint or a store"
+        )
     try:
         reason = _difference(model, draft)
         sizes = _vocab_size(model), _vocab_size(draft)
@@ -78,4 +82,4 @@ def _merges(tokenizer: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _vocab_size(path: Path) -> int:
-    return int(read_object(path / "config.json")["vocab_size"])
+    return int(read_object(path / CONFIG_FILE)["vocab_size"])

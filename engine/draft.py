@@ -33,12 +33,22 @@ STEPPED = 8  # tokens that are read one by one, where a token is a single launch
 Choose = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
+NOTHING = torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Drafted:
     """Guesses, and for each the chances, [1, vocabulary], that it was drawn from."""
 
     tokens: list[int] = field(default_factory=list)
     chances: list[torch.Tensor | None] = field(default_factory=list)
+
+
+def in_common(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """With how many tokens both texts begin. Texts are long, and this is asked for each pass."""
+    shorter = min(len(ours), len(theirs))
+    other = (ours[:shorter] != theirs[:shorter]).nonzero()
+    return int(other[0]) if len(other) else shorter
 
 
 def lent_draft(
@@ -87,7 +97,7 @@ class Draft:
         config = model.config
         self.vocabulary, self._context = int(config.vocab_size), int(config.max_position_embeddings)
         self._cache: DynamicCache | None = None
-        self._read: list[int] = []  # tokens whose keys and values the cache has
+        self._read = NOTHING  # tokens whose keys and values the cache has, on the host
         self._lent, self._graphed = True, False
         self._too_long: int | None = None  # of how many tokens a text found no room
 
@@ -98,9 +108,9 @@ class Draft:
 
     def propose(self, ids: torch.Tensor, count: int, choose: Choose) -> Drafted:
         """At most ``count`` guesses at what follows ``ids``, [1, tokens], one after the other."""
-        text = ids[0].tolist()
+        text = ids[0].cpu()
         count = min(count, self._context - len(text))
-        if count < 1 or max(text) >= self.vocabulary or not self._usable():
+        if count < 1 or int(text.max()) >= self.vocabulary or not self._usable():
             return Drafted()
         if self._too_long is not None and len(text) >= self._too_long:
             return Drafted()
@@ -109,10 +119,10 @@ class Draft:
             with shortages():
                 return self._propose(ids, text, count, choose)
         except NotLent:
-            self._cache, self._read = None, []
+            self._cache, self._read = None, NOTHING
             self._usable()
         except torch.OutOfMemoryError:
-            self._cache, self._read, full = None, [], True
+            self._cache, self._read, full = None, NOTHING, True
         finally:
             if self._step is not None:
                 self._step.rest()  # nobody holds what a dead feeder lent
@@ -137,9 +147,10 @@ class Draft:
                 log.warning("the draft model is gone with its feeder: going on without it")
         return lent
 
-    def _propose(self, ids: torch.Tensor, text: list[int], count: int, choose: Choose) -> Drafted:
-        same = (i for i, (a, b) in enumerate(zip(self._read, text, strict=False)) if a != b)
-        known = min(next(same, len(self._read)), len(text) - 1)  # the last one's logits are wanted
+    def _propose(
+        self, ids: torch.Tensor, text: torch.Tensor, count: int, choose: Choose
+    ) -> Drafted:
+        known = min(in_common(self._read, text), len(text) - 1)  # the last one's logits are wanted
         self._read = text[:known]
         cache = self._cache_for(known, len(text) + count)
         logits = self._logits(ids[:, known:], cache)
@@ -152,7 +163,7 @@ class Draft:
                 ids = torch.cat([ids, token], dim=1)
                 logits = self._logits(token, cache)
         guesses = torch.cat(tokens, dim=1)[0].tolist()  # the host waits here, and only here
-        self._read = text + guesses[:-1]
+        self._read = torch.cat([text, text.new_tensor(guesses[:-1])])
         return Drafted(guesses, chances)
 
     def _logits(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

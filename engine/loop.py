@@ -71,7 +71,7 @@ class Loop:
         sample = generation_config.do_sample
         state = _State(input_ids, logits_processor, stopping_criteria, sample, seeded, logprobs)
         if self._speculation is not None:
-            self._speculation.begin(prompt)
+            self._speculation.begin(prompt, repeatable=seeded or not sample)
         new = input_ids[:, self._kept.found :]
         logits = self._prefill(model, new, cache, generation_config.prefill_chunk_size)
         try:

@@ -115,6 +115,7 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), file=sys.stderr, flush=True)
         return
+    candidates = candidates_said(summary)
     print(
         f"engine: {summary['tokens']} tokens in {summary['seconds']:.2f} s:"
         f" {summary['tok_per_s']:.2f} tok/s, TTFT {summary['ttft_s']:.3f} s;"
@@ -123,24 +124,30 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
         f" peak device memory {format_bytes(summary['peak_bytes'])}"
         f" (engine {format_bytes(summary['engine_peak_bytes'])},"
         f" feeder {format_bytes(summary['feeder_peak_bytes'])})"
-        f"{_speculation(summary)}",
+        f"{'; ' if candidates else ''}{candidates}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def _speculation(summary: dict[str, Any]) -> str:
-    """What candidates brought, if any were checked."""
-    if not summary.get("candidates"):
+def candidates_said(figures: dict[str, Any]) -> str:
+    """What candidates brought, by the figures of a Speculation. Nothing if none were wanted."""
+    asked = figures["speculate"].partition(":")[0]
+    if asked == "off":
         return ""
-    saved = summary["saved_s"]
-    resting = ", which does not pay here and rests" if summary["speculation_resting"] else ""
-    drafted = summary["drafted_passes"] > 0
-    drafting = f" {summary['drafting_s']:.2f} s drafting," if drafted else ""
+    resting, source = figures["speculation_resting"], "draft" if asked == "draft" else "lookup"
+    if not figures["candidates"]:
+        if asked != "auto":
+            return f"{source}: no candidates were checked"
+        return f"lookup is off: {figures['speculation_off']}" if figures["speculation_off"] else ""
+    both = source == "draft" and figures["drafted_passes"] < figures["wide_passes"]
+    rests = f", {'and the draft' if both else 'which'} does not pay here and rests"
+    drafting = f" {figures['drafting_s']:.2f} s drafting," if source == "draft" else ""
+    saved = figures["saved_s"]
     return (
-        f"; {'draft' if drafted else 'lookup'}{resting}:"
-        f" {summary['tokens_per_pass']:.2f} tokens a pass,"
-        f" {100 * summary['acceptance']:.0f} % of {summary['candidates']} candidates accepted,"
+        f"{'draft and lookup' if both else source}{rests if resting else ''}:"
+        f" {figures['tokens_per_pass']:.2f} tokens a pass,"
+        f" {100 * figures['acceptance']:.0f} % of {figures['candidates']} candidates accepted,"
         f"{drafting} about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"
     )
 

@@ -1,32 +1,21 @@
 """Candidates for the tokens that follow, and what came of them.
 
-Owns one text's lookup, the paces, and the figures of a run. Knows no model: the loop drafts and checks
-candidates, and says which tokens there really were. Whatever is proposed, the text is the same.
+Owns one text's lookup and the paces. Knows no model: the loop drafts and checks candidates, and says
+which tokens there really were. Whatever is proposed, the text is the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.config import Speculate
 from engine.lookup import Lookup
 from engine.pace import Costs, Pace
+from engine.tally import Pass, Tally
 
 Drafting = Callable[[int], list[int]]
-
-
-class Pass(NamedTuple):
-    """What a pass checked, and what came of it."""
-
-    candidates: int
-    accepted: int
-    tokens: int  # the accepted ones and, unless the text ended there, one more
-    seconds: float  # of the pass itself
-    drafted: bool
-    drafting_s: float
 
 
 class _Guess:
@@ -57,17 +46,20 @@ class Speculation:
         asked: Speculate,
         streams: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
+        rounds: bool = False,
     ) -> None:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
-        ``clock``: seconds, for the cost of passes."""
+        ``clock``: seconds, for the cost of passes. ``rounds``: whether a pass over several tokens rounds
+        otherwise than passes over one; then ``auto`` leaves texts alone that are to be the same again."""
         self._asked, self._streams, self._clock = asked, streams, clock
+        self._rounds, self._repeatable = rounds, False
         self._costs = Costs()
         self._looked_up = _Guess(Pace(self._costs))
         self._drafted = _Guess(Pace(self._costs, drafts=True))
         self._guesses = [self._looked_up]
         if asked.mode == "draft":
             self._guesses.append(self._drafted)
-        self._passes: list[Pass] = []  # after the prompt's
+        self._tally = Tally()
         self._text: list[int] = []
         self._lookup = Lookup()
         self._checked: list[int] = []  # candidates of this pass, not yet contradicted
@@ -80,12 +72,24 @@ class Speculation:
     @property
     def resting(self) -> bool:
         """Whether no candidates are wanted now, so that the next token may be computed ahead."""
-        if self._asked.mode == "auto" and not self._streams():
-            return True
-        return all(guess.pace.resting for guess in self._guesses)
+        return bool(self.off) or all(guess.pace.resting for guess in self._guesses)
 
-    def begin(self, prompt: list[int]) -> None:
+    @property
+    def off(self) -> str:
+        """Why ``auto`` proposes nothing now, "" if it may."""
+        if self._asked.mode != "auto":
+            return ""
+        if not self._streams():
+            return "all weights stay"
+        if self._rounds and self._repeatable:
+            return "rounding could change this text (ask with --speculate lookup)"
+        return ""
+
+    def begin(self, prompt: list[int], repeatable: bool = True) -> None:
+        """``repeatable``: whether the text is one that can be had again, so that no choice in it may
+        depend on rounding. What is drawn anew each time is not."""
         self._text, self._lookup = list(prompt), Lookup()
+        self._repeatable = repeatable
         self._checked, self._since = [], None
         for guess in self._guesses:
             guess.expect([], 0)
@@ -128,8 +132,7 @@ class Speculation:
             self._pace.brought(self._tokens, seconds + self._drafting_s)
         drafted = self._width > 1 and self._pace is self._drafted.pace
         count, taken = self._width - 1, self._taken
-        done = Pass(count, taken, self._tokens, seconds, drafted, self._drafting_s)
-        self._passes.append(done)
+        self._tally.add(Pass(count, taken, self._tokens, seconds, drafted, self._drafting_s))
 
     def _candidates(self, limit: int, draft: Drafting | None) -> list[int]:
         """From the source that promises more; both are learned from."""
@@ -158,34 +161,10 @@ class Speculation:
         return drafted
 
     def figures(self) -> dict[str, Any]:
-        """For the summary. ``saved_s`` is an estimate: against passes of one token each, as they were in
-        this run. Milliseconds a token are the median over tokens, those of a pass alike."""
-        passes = self._passes
-        tokens = sum(done.tokens for done in passes)
-        each = [
-            1000 * (done.seconds + done.drafting_s) / done.tokens
-            for done in passes
-            for _ in range(done.tokens)
-        ]
-        wide = [done for done in passes if done.candidates]
-        ones = [done.seconds for done in passes if not done.candidates]
-        drafting_s = sum(done.drafting_s for done in passes)
-        saved_s = 0.0
-        if ones:
-            saved_s = sum(done.tokens * median(ones) - done.seconds for done in wide) - drafting_s
-        candidates = sum(done.candidates for done in wide)
-        accepted = sum(done.accepted for done in wide)
+        """For the summary. ``speculation_resting`` is of what was asked for, not of lookup beside it."""
         return {
             "speculate": str(self._asked),
-            "passes": len(passes),
-            "wide_passes": len(wide),
-            "drafted_passes": sum(done.drafted for done in wide),
-            "tokens_per_pass": round(tokens / len(passes), 3) if passes else 0.0,
-            "candidates": candidates,
-            "accepted": accepted,
-            "acceptance": round(accepted / max(1, candidates), 4),
-            "drafting_s": round(drafting_s, 4),
-            "saved_s": round(saved_s, 4),
-            "speculation_resting": self._guesses[-1].pace.resting,  # of what was asked for
-            "ms_per_token_median": round(median(each), 3) if each else 0.0,
+            **self._tally.figures(),
+            "speculation_resting": self._guesses[-1].pace.resting,
+            "speculation_off": self.off,
         }

@@ -221,16 +221,14 @@ def _speculation(
         asked.mode == "auto" and getattr(arguments, "profile", None) is not None
     ):
         return None
-    if asked.mode == "auto" and device.type != "cpu":
-        # A pass over several tokens rounds otherwise than passes over one do there, and which tokens
-        # go together depends on the pace: by itself no run may depend on that.
-        return None
-    weights = range(count)
+    # On a GPU a pass over several tokens rounds otherwise than passes over one do, and which tokens go
+    # together depends on the pace: by itself no text that can be had again may depend on that.
+    rounds, weights = device.type != "cpu", range(count)
 
     def streams() -> bool:
         return not (step is not None and step.graphed) and not client.stay(weights)
 
-    return Speculation(asked, streams)
+    return Speculation(asked, streams, rounds=rounds)
 
 
 def _draft(

@@ -156,7 +156,6 @@ class _Hessian:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros(width, width, device=device)
-        self._device = device
 
     def add(self, x: torch.Tensor, is_text: torch.Tensor) -> None:
         """Inputs [rows, length, K] and which of them count, bool [rows, length]."""
@@ -165,12 +164,5 @@ class _Hessian:
             self._sum.addmm_(part.T, part)
 
     def curvature(self) -> Curvature | None:
-        """What the sum means. It is used up: the next thing is a factor of the same size."""
-        total = self._sum
-        del self._sum
-        try:
-            return Curvature.of(total)
-        except torch.OutOfMemoryError:
-            total = total.cpu()  # host memory has room for two, and the device for the result
-        found = Curvature.of(total)
-        return found and found.to(self._device)
+        """What the sum means, which is used up."""
+        return Curvature.of(self._sum)

@@ -160,10 +160,11 @@ class Room:
         """One line for a room that does not hold even the largest weight."""
         need = self.footprint.total + self._margin_bytes + largest_bytes
         margin = f", margin {format_bytes(self._margin_bytes)}" if self._margin_bytes else ""
+        draftless = ", or no draft model" if self.footprint.draft_slots else ""
         return (
             f"{self.has} {format_bytes(max(0, self._available_bytes))} and a run needs at least"
             f" {format_bytes(need)} ({need:,} bytes): {self.footprint}{margin}, a slot for {name}"
-            f" {format_bytes(largest_bytes)}: give it more memory, or a smaller --context"
+            f" {format_bytes(largest_bytes)}: give it more memory, or a smaller --context{draftless}"
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -46,41 +46,51 @@ class Curvature:
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> Curvature | None:
-        """Of the sum of x xᵀ over inputs x, fp32 [K, K]. None if it is nothing to go by: not finite,
-        zero, or not positive definite however it is damped. Takes memory for two more of its size, for
-        one if the caller lets go of it."""
+        """Of the sum of x xᵀ over inputs x, fp32 [K, K], which is used up: the factor lies in its memory.
+
+        None if it is nothing to go by: not finite, zero, or not positive definite however it is damped.
+        Takes memory for one more of its size, in host memory if the device has none.
+        """
         diagonal = hessian.diagonal().clone()
         mean = diagonal.mean()
         if not bool(mean.isfinite()) or mean <= 0:
             return None
         # Most important columns first: what they do wrong, all the others can mend.
         order = diagonal.argsort(descending=True, stable=True)
-        backwards = order.flip(0)
-        damped = hessian[backwards[:, None], backwards].div_(mean)
-        del hessian
-        found = _cholesky(damped)
-        del damped
+        _reorder(hessian, order.flip(0))
+        found = _cholesky(hessian.div_(mean))
         if found is None:
             return None
         lower, damping = found
         # The Cholesky factor of the reversed matrix, reversed again, is the upper triangular one.
-        factor = lower.flip(0, 1).T
-        pivots = factor.diagonal().clone()
-        factor.div_(pivots[:, None])
-        return cls(order, factor, pivots.square_(), diagonal / mean + damping)
+        for first in range(0, len(hessian), _AT_ONCE):
+            rows = hessian[first : first + _AT_ONCE]
+            last = len(hessian) - first
+            rows.copy_(lower[:, last - len(rows) : last].flip(0, 1).T)
+        pivots = hessian.diagonal().clone()
+        hessian.div_(pivots[:, None])
+        return cls(order, hessian, pivots.square_(), diagonal / mean + damping)
 
-    def to(self, device: torch.device) -> Curvature:
-        """The same on another device."""
-        return Curvature(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+def _reorder(matrix: torch.Tensor, order: torch.Tensor) -> None:
+    """Put rows and columns of a matrix [K, K] in another order, in place."""
+    for columns in matrix.split(_AT_ONCE, dim=1):
+        columns.copy_(columns[order])
+    for rows in matrix.split(_AT_ONCE):
+        rows.copy_(rows[:, order])
 
 
 def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    """The lower factor of a matrix [K, K] that is damped in place, and by how much; None if it has none."""
+    """The lower factor of a matrix [K, K] that is damped in place, and by how much; None if it has none.
+    It is in host memory if the matrix's device has no room for it."""
     so_far = 0.0
     for damping in _DAMPINGS:
         matrix.diagonal().add_(damping - so_far)
         so_far = damping
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        try:
+            lower, failed = torch.linalg.cholesky_ex(matrix)
+        except torch.OutOfMemoryError:
+            lower, failed = torch.linalg.cholesky_ex(matrix.cpu())
         if not failed and bool(lower.diagonal().isfinite().all()):
             return lower, damping
         del lower

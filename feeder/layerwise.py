@@ -7,6 +7,7 @@ is on the device, and hidden states stay in host memory but for the few rows tha
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -92,6 +93,7 @@ class Decoder:
     def leave(self, index: int) -> None:
         """Drop the layer's weights."""
         self._layers[index].to_empty(device="meta")
+        _give_back()
 
     def batches(self, states: torch.Tensor) -> Iterator[slice]:
         """The rows of hidden states [rows, length, hidden], as many at once as are to be run at once."""
@@ -112,6 +114,14 @@ class Decoder:
         """What lies between the last layer and the head, with the weights of ``model``."""
         _load(self._norm, "model.norm", model)
         return self._norm
+
+
+def _give_back() -> None:
+    """Have the C library return what is free. It keeps matrices of up to 32 MiB, in holes that the next
+    layer's do not fit into for their alignment, so that memory would grow with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _load(module: nn.Module, prefix: str, model: Tensors) -> None:

@@ -79,14 +79,15 @@ def quantize_checkpoint(
     source = open_source(Path(model_dir))
     parts = source.parts()
     if rule is None:
-        _require_values(source, method)
+        require_values(source, method)
     _, residents = expected_tensors(source.config)
     chosen = choose_device(device)
     tally = Tally()
     if source.note:
+        what = "all of it" if rule is None else "what a store cannot hold of it"
         log.info(
-            "%s: %s checkpoint: %s; what a store cannot hold of it is quantized again by %s",
-            model_dir, source.kind, source.note, method,
+            "%s: %s checkpoint: %s; %s is quantized again by %s",
+            model_dir, source.kind, source.note, what, method,
         )  # fmt: skip
     with ExitStack() as stack:
         scratch = stack.enter_context(TemporaryDirectory(prefix="weight-feeder-"))
@@ -139,12 +140,17 @@ def quantize_checkpoint(
     return measure(source, store, measurement, chosen, poll)
 
 
-def _require_values(source: Source, method: str) -> None:
-    """UsageError if the checkpoint's weights are codes that are best kept."""
-    if source.kind not in _OF_VALUES:
+def has_values(source: Source) -> bool:
+    """Whether the checkpoint's weights are values, and not codes that are best kept."""
+    return source.kind in _OF_VALUES
+
+
+def require_values(source: Source, method: str) -> None:
+    """UsageError if a checkpoint has none that the method, a calibrated one, could go by."""
+    if not has_values(source):
         raise UsageError(
-            f"--method {method} is for originals and GGUF files: this is a {source.kind} checkpoint,"
-            " whose codes are kept as they are; leave --method out"
+            f"--method {method} is for originals and GGUF files: the checkpoint is {source.kind},"
+            " and its codes are kept as they are; leave --method out"
         )
 
 

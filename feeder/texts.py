@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.checkpoint import VOCABULARIES
 from common.errors import UsageError
 from common.families import windows
 from common.prompts import Prompt, read_prompts
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20
 SAMPLE = "Python's help topics"
 _MEASURED_ONE_IN = 4  # of the sample's texts; the others are to calibrate by
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _RECORDS = (".json", ".jsonl")
 
 
@@ -122,16 +122,17 @@ MEASUREMENT = Excerpt(None, 1 << 14, 512, measured=True)
 
 def tokenizer_home(files: Sequence[Path], model_dir: Path) -> Path:
     """Where the tokenizer among a checkpoint's ``files`` lies; ``model_dir`` if there is none."""
-    return next((file.parent for file in files if file.name in _VOCABULARIES), model_dir)
+    return next((file.parent for file in files if file.name in VOCABULARIES), model_dir)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer in a checkpoint. UsageError if there is none."""
     from transformers import AutoTokenizer
 
-    if not any((model_dir / name).is_file() for name in _VOCABULARIES):
+    if not any((model_dir / name).is_file() for name in VOCABULARIES):
         # transformers would make an empty tokenizer of nothing
-        raise UsageError(f"{model_dir} has no tokenizer: put its tokenizer.json there")
+        where = "beside it, and name the directory" if model_dir.is_file() else "there"
+        raise UsageError(f"{model_dir} has no tokenizer: put its tokenizer.json {where}")
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except Exception as error:  # of several libraries, for a file that is no tokenizer
@@ -145,7 +146,9 @@ def tokenize(text: Text, tokenizer: Any, config: Mapping[str, Any], excerpt: Exc
     import torch
 
     if excerpt.tokens < 2 or excerpt.length < 2:
-        raise UsageError("tokens and length of a text: expected at least 2")
+        raise UsageError(
+            f"{excerpt.tokens} tokens of a text in contexts of {excerpt.length}: expected at least 2 of each"
+        )
     length = min(excerpt.length, longest(config))
     rows: list[list[int]] = []
     for document in text.documents:

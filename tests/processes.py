@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.process import Lock
 from common.settings import PREFIX
+from tests.forked import Forked, forkable
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins what a shell starts with &
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child would see a Ctrl-C
@@ -47,11 +48,15 @@ class Process:
 
     def __init__(self, room: Room, command: list[str], number: int) -> None:
         self._out, self._err = room.path / f"{number}.out", room.path / f"{number}.err"
+        self.popen: subprocess.Popen[bytes] | Forked
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.popen = subprocess.Popen(
-                command, cwd=ROOT, env=room.environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, process_group=0,
-            )  # fmt: skip
+            if forkable(command):
+                self.popen = Forked(command, ROOT, room.environment, out, err)
+            else:
+                self.popen = subprocess.Popen(
+                    command, cwd=ROOT, env=room.environment, stdin=subprocess.DEVNULL,
+                    stdout=out, stderr=err, process_group=0,
+                )  # fmt: skip
         self.pid = self.popen.pid
 
     @property
@@ -165,7 +170,12 @@ class Room:
     def processes(self) -> list[int]:
         """The pids of all living processes of this room, whoever started them."""
         pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-        return [pid for pid in pids if self._mark.encode() in _environment(pid)]
+        # Those that were forked have another's environment in /proc, but groups of their own.
+        groups = {process.pid for process in self._started}
+        return [
+            pid for pid in pids
+            if self._mark.encode() in _environment(pid) or _group(pid) in groups
+        ]  # fmt: skip
 
     def leftovers(self) -> list[str]:
         """Everything that this room's processes have left, now."""
@@ -249,6 +259,13 @@ def assert_refused(ended: Ended, message: str, *, code: int | None = None) -> No
 
 def _environment(pid: int) -> list[bytes]:
     return _read(f"/proc/{pid}/environ").split(b"\0")
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
 
 
 def _read(path: str) -> bytes:

@@ -66,8 +66,8 @@ class Watched(Speculation):
         if self.passes:
             self.passes[-1][1].append(token)
 
-    def begin(self, prompt: list[int]) -> None:
-        super().begin(prompt)
+    def begin(self, prompt: list[int], repeatable: bool = True) -> None:
+        super().begin(prompt, repeatable)
         self.passes.clear()
 
 

@@ -182,17 +182,22 @@ class Chat:
         return answer
 
     def _stats(self) -> str:
+        from engine.report import candidates_said
+
         if self._last is None:
             return "no answer yet"
         answer, seconds = self._last.answer, self._last.answer.seconds
         said = self._ready.client.ask_status()
         rate = len(answer.ids) / seconds if seconds else 0.0
         stalled = min(1.0, self._last.stall_s / seconds) if seconds else 0.0
+        speculation = self._ready.speculation
+        candidates = candidates_said(speculation.figures()) if speculation else ""
         return (
             f"{len(answer.ids)} tokens in {seconds:.2f} s: {rate:.2f} tok/s, TTFT"
             f" {answer.ttft_s:.3f} s, stalled {100 * stalled:.0f} %; prompt of"
             f" {self._last.prompt_tokens} tokens, {answer.kept} of them kept; strategy"
             f" {said.get('strategy', '?')}, cache {said.get('cache', '?')}"
+            f"{'; so far, ' if candidates else ''}{candidates}"
         )
 
 

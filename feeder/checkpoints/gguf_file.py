@@ -117,15 +117,16 @@ def _dequantized(raw: Any, kind: str) -> Any:
 
 def _reader(path: Path) -> Any:
     """The package's reader, having read the header. Raises CheckpointError."""
-    check_header(path)
     try:
         import numpy
         from gguf import GGUFReader
+        from gguf.constants import GGML_QUANT_SIZES
     except ImportError:
         raise CheckpointError(
             f"{path} is a GGUF file, and the package gguf is not installed: "
             "run python -m pip install gguf"
         ) from None
+    check_header(path, {kind.value: size for kind, size in GGML_QUANT_SIZES.items()})
     try:
         with numpy.errstate(over="raise"):
             return GGUFReader(path)

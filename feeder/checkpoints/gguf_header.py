@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,24 +28,31 @@ _MOST_DIMENSIONS = 4
 _MOST_ELEMENTS = 1 << 40
 
 
-def check_header(path: Path) -> None:
-    """Raises CheckpointError, in one line, unless the header of `path` is whole and of sane size."""
+def check_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> None:
+    """Raises CheckpointError, in one line, unless the header of `path` is whole and of sane size, and the
+    file long enough for the tensors in it.
+
+    sizes: by the number of a type the elements and the bytes of one of its blocks.
+    """
     try:
         with path.open("rb") as file:
-            _Walk(file).header()
+            _Walk(file, sizes).header()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is no GGUF file that can be read: {error}") from error
+        raise CheckpointError(
+            f"{path} is no GGUF file that can be read: {error}; fetch it again"
+        ) from error
 
 
 class _Walk:
     """A walk through a header; ValueError says what is wrong, in one clause."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, sizes: Mapping[int, tuple[int, int]]) -> None:
+        self._file, self._sizes = file, sizes
         self._left = os.fstat(file.fileno()).st_size
         self._items = 0
+        self._data = 0  # bytes behind the header, up to the end of the last tensor
 
     def header(self) -> None:
         magic = self._take(4)
@@ -60,6 +68,10 @@ class _Walk:
             self._value(self._number("I"))
         for _ in range(tensors):
             self._tensor()
+        if self._data > self._left:
+            raise ValueError(
+                f"it is truncated: its tensors take {self._data} bytes, {self._left} are there"
+            )
 
     def _value(self, kind: int, in_array: bool = False) -> None:
         if kind in _SCALAR_BYTES:
@@ -82,8 +94,12 @@ class _Walk:
         self._text()
         dimensions = self._at_most(self._number("I"), _MOST_DIMENSIONS, "dimensions of a tensor")
         sizes = [self._number("Q") for _ in range(dimensions)]
-        self._at_most(math.prod(sizes), _MOST_ELEMENTS, "elements of a tensor")
-        self._skip(4 + 8)  # type and offset: the reader's tensors are held against the file later
+        elements = self._at_most(math.prod(sizes), _MOST_ELEMENTS, "elements of a tensor")
+        kind, offset = self._number("I"), self._number("Q")
+        block, block_bytes = self._sizes.get(
+            kind, (1, 0)
+        )  # one that is not known the reader refuses
+        self._data = max(self._data, offset + elements // block * block_bytes)
 
     def _text(self) -> None:
         self._skip(self._at_most(self._number("Q"), _MOST_TEXT_BYTES, "bytes of a text"))

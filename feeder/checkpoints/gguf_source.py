@@ -17,6 +17,7 @@ from common import checkpoint as files
 from common.checkpoint import EMBEDDING
 from common.errors import CheckpointError, ConfigError
 from common.families import expected_tensors, validate_config
+from common.log import log
 from feeder.checkpoints.gguf_config import architecture_of, build_config
 from feeder.checkpoints.gguf_file import GgufFile, GgufTensor, block_sizes, decode
 from feeder.checkpoints.gguf_names import ROPE_FACTORS, hugging_face_name, unpaired
@@ -86,9 +87,17 @@ class GgufSource:
     def companions(self, scratch: Path) -> list[Path]:
         from feeder.checkpoints.gguf_tokenizer import save_tokenizer
 
-        found = save_tokenizer(self._file, scratch)
-        if not found and self._beside is not None:
-            found = files.companion_files(self._beside)
+        try:
+            found = save_tokenizer(self._file, scratch)
+        except ValueError as error:
+            found = [] if self._beside is None else files.companion_files(self._beside)
+            instead = (
+                "the one beside it is taken"
+                if any(path.name in files.VOCABULARIES for path in found)
+                else "prompts have to be token ids; or put the file into a directory of its own with the"
+                " model's tokenizer.json, and name that"
+            )
+            log.warning("%s: %s: %s", self._file.path.name, error, instead)
         generation = scratch / "generation_config.json"
         if all(path.name != generation.name for path in found):
             generation.write_text(json.dumps(self._generation()))

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.checkpoint import companion_files
-from common.log import log
 from common.store_index import CONFIG_FILE
 from feeder.checkpoints.gguf_file import GgufFile, one_line
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-_BYTE_LEVEL = "gpt2"  # what `tokenizer.ggml.model` says of byte-level merges, whoever's
+_MODEL = "tokenizer.ggml.model"
+_BYTE_LEVEL = "gpt2"  # what that says of byte-level merges, whoever's
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+"
@@ -41,22 +41,20 @@ _SAMPLE = "It's HERE'S 1234567 aBc Naïve  don't\n\n x\t -/\n/= 2.5 "
 
 
 def save_tokenizer(file: GgufFile, scratch: Path) -> list[Path]:
-    """Write the tokenizer of `file` into the directory `scratch`; returns the files, none if it cannot be.
+    """Write the tokenizer of `file` into the directory `scratch`; returns the files.
 
-    That it cannot is said in one line, and is no error: a store without a tokenizer takes token ids.
+    Raises ValueError, which says why, if there is none or it cannot be made.
     """
+    if file.key(_MODEL) is None:
+        raise ValueError("it has no tokenizer")
     alone = scratch / "gguf"  # what lies beside the file is none of transformers' business
     alone.mkdir()
     (alone / "model.gguf").symlink_to(file.path.absolute())
     try:
         _convert(file, alone, scratch)
     except Exception as error:  # whatever a file makes that library raise
-        log.warning(
-            "%s: transformers cannot make a tokenizer of it (%s: %s): prompts have to be token ids; or"
-            " put the file into a directory of its own with the model's tokenizer.json, and name that",
-            file.path.name, type(error).__name__, one_line(error),
-        )  # fmt: skip
-        return []
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"transformers cannot make a tokenizer of it ({reason})") from error
     return companion_files(scratch)
 
 
@@ -65,7 +63,7 @@ def _convert(file: GgufFile, alone: Path, scratch: Path) -> None:
     from transformers import AutoTokenizer
 
     split = None
-    if file.key("tokenizer.ggml.model") == _BYTE_LEVEL:
+    if file.key(_MODEL) == _BYTE_LEVEL:
         split = _splitter(file.key("tokenizer.ggml.pre"))
     tokenizer: Any = AutoTokenizer.from_pretrained(
         alone, gguf_file="model.gguf", local_files_only=True

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _V1, _V2 = "gptq", "gptq_v2"
+_SYMMETRIC = 8  # the zero point of all weights that are
 
 
 class Gptq:
@@ -49,6 +50,7 @@ class Gptq:
         self._less_one = require(settings, where, key, _V1, _V2, default=_V1) == _V1
         self._size = group_size(settings, where)
         symmetric = flag(settings, where, "sym", True)
+        self._says_symmetric = symmetric and "sym" in settings
         reordered = flag(settings, where, "desc_act", False)
         found = f"4 bits, {described(self._size)}"
         found += "" if symmetric else ", asymmetric"
@@ -72,6 +74,8 @@ class Gptq:
         zeros = nibbles(tensors["qzeros"])
         if self._less_one:
             zeros = (zeros + 1) & 15
+        if self._says_symmetric:
+            _require_version(zeros, _V1 if self._less_one else _V2)
         index = group_index(tensors.get("g_idx"), size, shape[1])
         scales = tensors["scales"].T.float().contiguous()
         return tensors["qweight"], Groups(scales, zeros.T.char(), size, index)
@@ -79,3 +83,15 @@ class Gptq:
     def rows(self, prepared: tuple[torch.Tensor, Groups], first: int, last: int) -> Grouped:
         words, groups = prepared
         return groups.rows(nibbles(words[:, first:last].T), first, last)
+
+
+def _require_version(zeros: torch.Tensor, version: str) -> None:
+    """ValueError if all zero points are one off what they are in symmetric weights: then it is of the other
+    version, and every value would be wrong."""
+    low, high = (int(extreme) for extreme in zeros.aminmax())
+    if low == high and abs(low - _SYMMETRIC) == 1:
+        other = _V2 if version == _V1 else _V1
+        raise ValueError(
+            f"all zero points are {low} if its checkpoint_format is {version!r}, expected {_SYMMETRIC} "
+            f"of symmetric weights; set checkpoint_format to {other!r} in its settings"
+        )

@@ -59,7 +59,10 @@ def group_index(index: torch.Tensor | None, size: int, columns: int) -> torch.Te
     count = -(-columns // size)
     low, high = (int(extreme) for extreme in index.aminmax())
     if low < 0 or high >= count:
-        raise ValueError(f"found groups {low} to {high}, expected 0 to {count - 1}")
+        raise ValueError(
+            f"found groups {low} to {high} in its index of groups, expected 0 to {count - 1}; "
+            "fetch the checkpoint again"
+        )
     if index.equal(torch.arange(columns, device=index.device, dtype=index.dtype) // size):
         return None
     return index.long()

@@ -35,7 +35,7 @@ def test_a_weight_comes_out_as_good_as_on_the_cpu(shape: tuple[int, int]) -> Non
     x = torch.randn(3000, shape[1], generator=generator) @ mix
     weight = torch.randn(shape, generator=generator)
     hessian = x.T @ x
-    on_cpu, on_gpu = Curvature.of(hessian), Curvature.of(hessian.cuda())
+    on_gpu, on_cpu = Curvature.of(hessian.cuda()), Curvature.of(hessian)
     assert on_cpu is not None and on_gpu is not None
     found = gptq(weight.cuda(), on_gpu)
     assert all(not tensor.is_cuda for tensor in found)

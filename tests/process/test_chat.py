@@ -93,6 +93,7 @@ def test_turns_compute_only_what_is_new(room: Room, demo_store: Path) -> None:
             messages.append({"role": "assistant", "content": text})
             assert figures(it) == (len(prompt), common(in_cache, prompt))
             in_cache = prompt + answer[:-1]  # the last was chosen, and no pass was made over it
+        assert "; so far, lookup" in say(it, "/stats")
         it.type("/exit\n")
         assert it.popen.wait() == 0
 

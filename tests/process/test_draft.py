@@ -39,6 +39,8 @@ def test_a_run_with_a_draft(room: Room, demo_store: Path, draft_store: Path) -> 
     assert fields["candidates"] <= 6 * fields["wide_passes"]
     assert fields["accepted"] > 0 and fields["drafting_s"] > 0
     assert fields["passes"] < fields["tokens"] - 1
+    draft_bytes = sum(weight.elements for weight in Store.open(draft_store).weights) * 4
+    assert fields["feeder_peak_bytes"] > draft_bytes + 9 * 1024  # both have slots
 
 
 def test_the_plan_shows_both(room: Room, demo_store: Path, draft_store: Path) -> None:
@@ -57,6 +59,7 @@ def test_the_plan_shows_both(room: Room, demo_store: Path, draft_store: Path) ->
     assert ", the draft model's slots " in beside and ", the draft model's KV cache" in beside
     assert_refused(refused.wait(), "--vram gives 78 MB and a run needs at least ", code=1)
     assert ", the draft model's slots " in refused.err
+    assert refused.err.rstrip().endswith("or a smaller --context, or no draft model")
 
 
 class Interrupted(speculating.Always):
@@ -67,8 +70,8 @@ class Interrupted(speculating.Always):
         self.calls: dict[int, Callable[[], object]] = {}
         self.said = 0
 
-    def begin(self, prompt: list[int]) -> None:
-        super().begin(prompt)
+    def begin(self, prompt: list[int], repeatable: bool = True) -> None:
+        super().begin(prompt, repeatable)
         self.said = 0
 
     def add(self, token: int) -> None:
@@ -152,7 +155,7 @@ def test_which_vocabularies_go_together(tmp_path: Path, small_store: Path) -> No
         (merged, "merged by other rules"),
         (more, "token '<think>' is number none in the model, 320 in the draft"),
         (small_store, "only the model has a tokenizer.json"),
-        (tmp_path, "cannot be compared .*: no such file"),
+        (tmp_path, "has no config.json: give the directory of a checkpoint or a store"),
     ]:
         with pytest.raises(UsageError, match=reason):
             shared_vocabulary(DEMO, other)

@@ -70,7 +70,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large_store(large_checkpoint: Path) -> Path:
     store = large_checkpoint.with_name("store")
-    quantize_checkpoint(large_checkpoint, store, "cpu", progress=False)
+    quantize_checkpoint(large_checkpoint, store, "cpu", progress=False, method="absmax")
     return store
 
 

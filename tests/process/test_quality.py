@@ -125,11 +125,14 @@ def test_methods_are_compared_and_written(checkpoint: Path, tmp_path: Path) -> N
     assert absmax["quantize_s"] > 0 and absmax["tokens"] == 600
 
 
-def test_what_was_measured_is_said_before_a_later_failure(checkpoint: Path) -> None:
-    done = quality(checkpoint, "--methods=absmax,nonsense", "--tokens=100")
-    assert done.returncode == 2 and "nonsense" in done.stderr
-    header, line = done.stdout.splitlines()
-    assert header.startswith("method ") and line.startswith("absmax ")
+def test_mistakes_come_before_the_work(checkpoint: Path) -> None:
+    for flags, message in (
+        (["--methods=absmax,best"], "method 'best' is not known"),
+        (["--methods=absmax,gptq", "--calibration=/no/such"], "/no/such cannot be read"),
+    ):
+        done = quality(checkpoint, *flags, "--tokens=100")
+        refused(done, message)
+        assert done.returncode == 2 and not done.stdout
 
 
 def test_a_text_without_anything_to_predict(checkpoint: Path, tmp_path: Path) -> None:
@@ -144,7 +147,6 @@ def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", layers=1)
     quantize_checkpoint(other, tmp_path / "store", "cpu", progress=False)
     refused(quality(checkpoint, tmp_path / "store"), "is of another config")
-    refused(quality(checkpoint, "--methods=best"), "method 'best' is not known")
     refused(quality(checkpoint, "--tokens=1"), "expected at least 2")
     refused(quality(other), "has no tokenizer")
     refused(quality(checkpoint, "--output=/nowhere/x.json"), "its directory does not exist")

@@ -33,15 +33,17 @@ DRAWS = 40_000
 
 def chi_square(seen: dict[Any, int], chances: dict[Any, float]) -> float:
     """In standard deviations of a chi-square of as many degrees of freedom: below 4 by chance, and
-    infinite if something was drawn that cannot be."""
+    infinite if something was drawn that cannot be. What is expected less than five times is put together."""
     if any(chances.get(key, 0.0) < 1e-9 for key in seen):
         return math.inf
-    total, value, cells = sum(seen.values()), 0.0, 0
-    for key, chance in chances.items():
-        if chance > 1e-9:
-            value += (seen.get(key, 0) - total * chance) ** 2 / (total * chance)
-            cells += 1
-    freedom = cells - 1
+    total = sum(seen.values())
+    cells = [(seen.get(key, 0), total * chance) for key, chance in chances.items()]
+    often = [cell for cell in cells if cell[1] >= 5]
+    rare = [sum(column) for column in zip(*[cell for cell in cells if cell[1] < 5], strict=True)]
+    if rare and rare[1] > 0:
+        often.append((rare[0], rare[1]))
+    freedom = len(often) - 1
+    value = sum((count - expected) ** 2 / expected for count, expected in often)
     return (value - freedom) / (2 * freedom) ** 0.5
 
 
@@ -111,7 +113,7 @@ class Table:
         return SimpleNamespace(logits=self.scores[last][None])
 
 
-LENGTH, TEXTS = 3, 1500
+LENGTH, TEXTS = 4, 1500  # the first token is the prompt's pass's, and the last one nobody drafts
 PROCESSORS = [
     RepetitionPenaltyLogitsProcessor(1.8),
     TemperatureLogitsWarper(0.8),
@@ -133,20 +135,21 @@ def exact(model: Table, processors: LogitsProcessorList, prompt: list[int]) -> d
 
 
 def texts(
-    model: Table, with_loop: Any, processors: LogitsProcessorList, prompt: list[int], **named: Any
-) -> dict[Any, int]:
+    model: Table, with_loop: Any, processors: LogitsProcessorList, prompt: list[int],
+    count: int = TEXTS, **named: Any,
+) -> dict[Any, int]:  # fmt: skip
     config = SimpleNamespace(do_sample=True, prefill_chunk_size=None)
     ends = StoppingCriteriaList([MaxLengthCriteria(len(prompt) + LENGTH)])
     ids = torch.tensor([prompt])
     found: Counter[Any] = Counter()
-    for _ in range(TEXTS):
+    for _ in range(count):
         whole = with_loop(model, ids, processors, ends, config, put=lambda token: None, **named)
         found[tuple(whole[0, len(prompt) :].tolist())] += 1
     return found
 
 
 def test_whole_texts() -> None:
-    """Up to two tokens are drafted for a pass: taken, refused, and followed by one more, all three."""
+    """One or two tokens are drafted for a pass: taken, refused, and followed by one more, all three."""
     model, draft, prompt = Table(1), Table(2), [3, 1]
     processors = LogitsProcessorList(PROCESSORS)
     speculation = Always(2)
@@ -157,4 +160,28 @@ def test_whole_texts() -> None:
     assert chi_square(seen, exact(model, processors, prompt)) < 4
     figures = speculation.figures()
     assert 0.2 * figures["candidates"] < figures["accepted"] < 0.9 * figures["candidates"]
+    assert figures["candidates"] > 1.2 * figures["wide_passes"]
     assert chi_square(seen, exact(draft, processors, prompt)) > 20
+
+
+class Draws(Always):
+    """Notes of each proposal whether the model's random numbers are others after it."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.advanced: set[bool] = set()
+
+    def _draft(self, draft: Any, count: int) -> list[int]:
+        before = torch.get_rng_state()
+        found = super()._draft(draft, count)
+        self.advanced.add(not torch.equal(before, torch.get_rng_state()))
+        return found
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_draft_draws_for_itself_but_with_a_seed(seeded: bool) -> None:
+    """Were the rule's draws those of the candidates, it would be wrong. With a seed they have to be."""
+    speculation, processors = Draws(), LogitsProcessorList(PROCESSORS)
+    with_draft = loop(speculation, draft_of(Table(2), 4))  # type: ignore[arg-type]
+    texts(Table(1), with_draft, processors, [3, 1], count=5, seeded=seeded)
+    assert speculation.advanced == {not seeded}

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from common.config import Speculate
 from engine.client import NotLent
 from engine.draft import Draft
+from engine.speculation import Speculation
 from tests.speculating import Always, Lent, draft_of, generate, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,3 +181,35 @@ def test_the_text_is_that_of_the_same_seed(model: Qwen2ForCausalLM, name: str) -
     figures = speculation.figures()
     assert 0.4 * figures["candidates"] < figures["accepted"] < figures["candidates"]
     assert figures["passes"] < 0.6 * tokens
+
+
+@pytest.mark.parametrize(("asked", "tokens"), [("draft", 120), ("draft", 240), ("lookup", 240)])
+def test_guesses_that_are_always_wrong_cost_less_than_a_tenth(asked: str, tokens: int) -> None:
+    """Of the whole loop, on a clock that only models move: a pass takes a second and a twentieth more
+    for each candidate, a token of the draft a tenth."""
+    now, wide = [0.0], 0
+
+    def timed(model: Any, seconds: float, more: float) -> Any:
+        def count(_: Any, __: Any, named: dict[str, Any]) -> None:
+            nonlocal wide
+            now[0] += seconds + more * (named["input_ids"].shape[1] - 1)
+            wide += more > 0 and named["input_ids"].shape[1] > 1
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
+        return model
+
+    model, draft = timed(make_model(40, 1), 1.0, 0.05), make_model(40, 1)
+    draft.lm_head.weight.data *= -1  # what it finds likeliest is what the model never says
+    # Nothing follows what it followed before, so that a lookup is always wrong too.
+    options = {"do_sample": False, "eos_token_id": None, "no_repeat_ngram_size": 2}
+    options["max_new_tokens"] = tokens
+    without = generate(model, [5, 9, 2], loop(), **options)
+    alone, now[0], wide = now[0], 0.0, 0
+    speculation = Speculation(Speculate.parse(asked), clock=lambda: now[0])
+    with_draft = loop(speculation, draft_of(timed(draft, 0.1, 0.0), 40))
+    assert generate(model, [5, 9, 2], with_draft, **options) == without
+    figures = speculation.figures()
+    assert figures["accepted"] == 0
+    assert wide == 1 + figures["wide_passes"] > 2  # the prompt's is one
+    assert now[0] < 1.1 * alone
+    assert figures["saved_s"] == pytest.approx(alone - now[0], abs=1e-3)

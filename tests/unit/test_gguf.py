@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
@@ -19,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common import int4
 from common.checkpoint_fingerprint import checkpoint_fingerprint
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, UsageError
 from common.log import log
 from common.store import Store
 from feeder.checkpoints.gguf_config import build_config
@@ -28,6 +30,7 @@ from feeder.checkpoints.gguf_names import unpaired
 from feeder.checkpoints.recognize import model_config, open_source
 from feeder.doctor.__main__ import model_bytes
 from feeder.quantize import quantize_checkpoint
+from feeder.texts import MEASUREMENT
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import Quantize, all_as, write_gguf
 from tests.processes import DEMO
@@ -55,6 +58,21 @@ def mixed(name: str, values: np.ndarray) -> tuple[np.ndarray, Type]:
     return all_as(kind)(name, values)
 
 
+def k_quants(name: str, values: np.ndarray) -> tuple[np.ndarray, Type]:
+    """The types of Q4_K_M, which most files have. Random blocks: the package has no quantizer for these."""
+    if values.ndim == 1:
+        return values, Type.F32
+    fine = any(part in name for part in ("embed", "head", "v_proj", "down_proj"))
+    kind, scales_at = (Type.Q6_K, (208,)) if fine else (Type.Q4_K, (0, 2))
+    elements, block_bytes = GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    blocks = generator.integers(0, 256, (values.size // elements, block_bytes), dtype=np.uint8)
+    for at in scales_at:
+        scales = generator.uniform(1e-4, 1e-3, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(len(values), -1), kind
+
+
 FILES: dict[str, Quantize] = {
     "Q4_0": all_as(Type.Q4_0),
     "Q8_0": all_as(Type.Q8_0),
@@ -62,6 +80,7 @@ FILES: dict[str, Quantize] = {
     "BF16": all_as(Type.BF16),
     "F32": all_as(Type.F32),
     "mixed": mixed,
+    "Q4_K_M": k_quants,
 }
 
 
@@ -76,7 +95,8 @@ def as_stored(store: Store, name: str) -> torch.Tensor:
 def test_the_store_is_made_of_what_the_package_dequantizes(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", **SIZES)
+    sizes = SIZES | ({"hidden": 256} if name == "Q4_K_M" else {})  # whole blocks
+    checkpoint = make_checkpoint(tmp_path / "model", **sizes)
     file = tmp_path / "model.gguf"
     values = write_gguf(file, checkpoint, FILES[name])
     store = quantize_checkpoint(file, tmp_path / "store", "cpu", progress=False, method="absmax")
@@ -95,7 +115,7 @@ def test_the_store_is_made_of_what_the_package_dequantizes(
     assert not values
     assert model_bytes(str(file)) == store.packed_bytes
     assert store.dtype == "bfloat16"
-    assert ("converted from gguf: " in caplog.text) == (name in ("Q4_0", "Q8_0", "mixed"))
+    assert ("converted from gguf: " in caplog.text) == (name not in ("F16", "BF16", "F32"))
 
 
 def test_blocks_of_32_with_one_scale_are_kept_bit_for_bit(tmp_path: Path) -> None:
@@ -170,9 +190,22 @@ def test_without_a_tokenizer_one_line_says_so(
     checkpoint = make_checkpoint(tmp_path / "model", **(SIZES | {"layers": 1}))
     write_gguf(tmp_path / "x.gguf", checkpoint, all_as(Type.F16))
     store = quantize_checkpoint(tmp_path / "x.gguf", tmp_path / "store", "cpu", progress=False)
-    assert "cannot make a tokenizer of it" in caplog.text
-    assert "prompts have to be token ids" in caplog.text
+    assert "x.gguf: it has no tokenizer: prompts have to be token ids; or put" in caplog.text
     assert not (store.path / "tokenizer.json").exists()
+    with pytest.raises(
+        UsageError, match="put its tokenizer.json beside it, and name the directory"
+    ):
+        quantize_checkpoint(
+            tmp_path / "x.gguf", tmp_path / "measured", "cpu", measurement=MEASUREMENT
+        )
+
+    caplog.clear()
+    (tmp_path / "x.gguf").rename(checkpoint / "x.gguf")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    store = quantize_checkpoint(checkpoint, tmp_path / "other", "cpu", progress=False)
+    assert "x.gguf: it has no tokenizer: the one beside it is taken" in caplog.text
+    assert (store.path / "tokenizer.json").is_file()
 
 
 # The architecture llama: rows of q and k are reordered
@@ -344,7 +377,11 @@ HOSTILE = {
     ),
     "tensor past the end": (
         head(1, 0) + text("a") + struct.pack("<IQIQ", 1, 1 << 20, 0, 0) + bytes(99),
-        "is no GGUF file that can be read",
+        "it is truncated: its tensors take 4194304 bytes, 99 are there; fetch it again",
+    ),
+    "tensor beyond the end": (
+        head(1, 0) + text("a") + struct.pack("<IQIQ", 1, 1, 0, (1 << 64) - 32) + bytes(99),
+        "it is truncated",
     ),
 }
 
@@ -362,7 +399,7 @@ def test_hostile_files_are_refused_with_one_line(tmp_path: Path, name: str) -> N
 def test_a_truncated_file(small: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(small[:-4096])
     with pytest.raises(
-        CheckpointError, match="is no GGUF file that can be read: .*; fetch it again"
+        CheckpointError, match="it is truncated: its tensors take .* are there; fetch it again"
     ):
         open_source(tmp_path / "x.gguf")
 

@@ -16,7 +16,7 @@ from feeder.layerwise import Decoder, of_source, of_store
 from feeder.quantize import quantize_checkpoint
 from feeder.texts import Excerpt
 from tests import families
-from tests.checkpoints import edit_config, make_checkpoint, make_model
+from tests.checkpoints import edit_config, make_checkpoint, make_hollow_checkpoint, make_model
 from tests.ready_made import gptq, random_weight, write
 
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -41,8 +41,28 @@ def test_a_ready_made_checkpoint_is_measured_against_its_own_values(tmp_path: Pa
             assert stored(name) == pytest.approx(expected.float(), rel=2**-8, abs=1e-30), name
     assert store.quality is not None and 0 < store.quality.kl_mean < 0.01
     assert store.quality.tokens == 100
-    with pytest.raises(UsageError, match="this is a gptq checkpoint, whose codes are kept"):
+    with pytest.raises(UsageError, match="the checkpoint is gptq, and its codes are kept"):
         quantize_checkpoint(model, tmp_path / "again", "cpu", progress=False, method="gptq")
+
+
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """The C library would keep what each layer's matrices took."""
+    model = make_hollow_checkpoint(tmp_path / "model", num_hidden_layers=16)
+    source = open_source(model)
+    decoder, read = Decoder(source.config, CPU), of_source(source, CPU, torch.float32)
+    taken = []
+    for index in range(decoder.count):
+        decoder.layer(index, read)
+        decoder.leave(index)
+        taken.append(anonymous_bytes())
+    layer_bytes = 7 * 4 * 1024**2
+    assert taken[-1] < taken[1] + layer_bytes
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is of no file."""
+    [line] = [s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s]
+    return int(line.split()[1]) << 10
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.lookups import last_tokens, passes, whole_text
 from engine.lookup import NOTED, Lookup
 
 
@@ -69,3 +70,14 @@ def test_the_whole_context_counts() -> None:
 def test_nothing_is_guessed_where_nothing_was_before() -> None:
     assert Lookup().guess(3) == []
     assert Lookup([1, 2, 3]).guess(3) == []
+
+
+def test_what_the_bench_counts() -> None:
+    """Nothing is there before the repetition's first token; from then on a pass takes sixteen."""
+    text = [*range(40), *range(40)]
+    assert passes(text, 40, whole_text(text)) == passes(text, 40, last_tokens(text, 2)) == 4
+    assert passes(text, 1, whole_text(text)) == 39 + 4
+    misled = [1, 2, 3, 4, 50, 60, 9, 2, 3, 4, 70, 80, 1, 2, 3, 4, 50, 60]
+    assert passes(misled, 16, whole_text(misled)) == 1  # what follows 1 2 3 4
+    assert passes(misled, 16, last_tokens(misled, 2)) == 1  # the first place of 3 4: luck
+    assert passes(misled[6:], 10, last_tokens(misled[6:], 2)) == 2

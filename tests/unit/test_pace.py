@@ -21,10 +21,15 @@ class Machine:
     """Runs texts through a Speculation, at so many seconds a pass of so many tokens."""
 
     def __init__(
-        self, asked: Speculate, cost: Callable[[int], float], streams: bool = True
+        self,
+        asked: Speculate,
+        cost: Callable[[int], float],
+        streams: bool = True,
+        rounds: bool = False,
     ) -> None:
         self.now, self.cost, self.streams = 0.0, cost, streams
-        self.speculation = Speculation(asked, lambda: self.streams, lambda: self.now)
+        self.repeatable = True
+        self.speculation = Speculation(asked, lambda: self.streams, lambda: self.now, rounds)
         self.widths: list[int] = []
         self.draft: Drafting | None = None
 
@@ -34,7 +39,7 @@ class Machine:
         """The widths of the passes in which ``tokens`` came about."""
         self.text = text = list(prompt)
         first = len(self.widths)
-        self.speculation.begin(text)
+        self.speculation.begin(text, self.repeatable)
         text.append(following(text))
         self.speculation.add(text[-1])
         while (left := len(prompt) + tokens - len(text)) > 0:
@@ -142,6 +147,21 @@ def test_auto_proposes_only_while_weights_are_streamed() -> None:
     assert not machine.speculation.resting
     assert len(machine.run(prompt, in_turn, 320)) <= 25
     asked = Machine(LOOKUP, flat, streams=False)
+    assert len(asked.run(prompt, in_turn, 320)) <= 25
+
+
+def test_auto_leaves_texts_alone_that_rounding_could_change() -> None:
+    """Those that can be had again. Of what is drawn anew each time nobody knows what it would have been."""
+    prompt = [in_turn([0] * i) for i in range(90)]
+    machine = Machine(Speculate(), flat, rounds=True)
+    assert set(machine.run(prompt, in_turn, 200)) == {1}
+    assert "--speculate lookup" in machine.speculation.figures()["speculation_off"]
+    machine.repeatable = False
+    assert len(machine.run(prompt, in_turn, 320)) <= 25
+    assert machine.speculation.figures()["speculation_off"] == ""
+    machine.streams = False
+    assert set(machine.run(prompt, in_turn, 200)) == {1}
+    asked = Machine(LOOKUP, flat, rounds=True)
     assert len(asked.run(prompt, in_turn, 320)) <= 25
 
 

@@ -268,6 +268,10 @@ def test_blocks_hold_what_they_say(count: int, run: int, seed: int) -> None:
 
 # Refusals
 
+PACK_QUANTIZED = {
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}},
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "eight bits": ({"bits": 8}, "bits is 8, expected 4"),
     "bits of another type": ({"bits": True}, "bits is True, expected 4"),
@@ -323,7 +327,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "group out of range": (
         lambda t: t[f"{Q_PROJ}.g_idx"].__setitem__(5, 7),
-        f"{Q_PROJ}: found groups 0 to 7, expected 0 to 0",
+        f"{Q_PROJ}: found groups 0 to 7 in its index of groups, expected 0 to 0",
     ),
     "a scale of infinity": (
         lambda t: t[f"{Q_PROJ}.scales"].__setitem__((0, 3), torch.inf),
@@ -350,6 +354,47 @@ def test_damaged_tensors(checkpoint: Path, tmp_path: Path, name: str) -> None:
     model = copy_of(checkpoint, tmp_path / "model")
     edit_tensors(model, edit)
     refused(model, match)
+
+
+def test_awq_is_what_its_own_library_packs_and_dequantizes() -> None:
+    """AutoAWQ, where it is installed: it asks for packages that nothing else here needs."""
+    gemm = pytest.importorskip("awq.modules.linear.gemm")
+    from awq.utils.packing_utils import dequantize_gemm
+
+    shape = (64, 256)
+    weight = random_weight(shape, 3, dtype=torch.float16, asymmetric=True)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data = weight.values()
+    zeros = torch.from_numpy(weight.zeros).float()
+    packed = gemm.WQLinear_GEMM.from_linear(
+        linear, 4, 128, scales=weight.scales.T.float().contiguous(), zeros=zeros.T.contiguous()
+    )
+    tensors = {what: getattr(packed, what).cpu() for what in ("qweight", "qzeros", "scales")}
+    layout = Awq({"bits": 4, "group_size": 128}, "here")
+    ours = layout.rows(layout.prepare(tensors, shape), 0, shape[0]).values().view(shape)
+    assert ours.equal(weight.values())
+    theirs = dequantize_gemm(*tensors.values(), 4, 128).T
+    assert ours.half().equal(theirs)
+
+
+@pytest.mark.parametrize(("written", "claimed"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_the_other_version_is_not_taken_for_what_it_says(
+    tmp_path: Path, written: str, claimed: str
+) -> None:
+    settings = GPTQ | {"checkpoint_format": claimed}
+    write(tmp_path / "model", settings, random_weight, lambda weight: gptq(weight, written))
+    refused(tmp_path / "model", f"set checkpoint_format to '{written}' in its settings")
+
+
+@pytest.mark.parametrize(
+    "settings", [None, {"quant_method": "compressed-tensors", **PACK_QUANTIZED}]
+)
+def test_settings_that_are_missing_or_of_another(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any] | None
+) -> None:
+    model = copy_of(checkpoint, tmp_path / "model")
+    edit_config(model, quantization_config=settings)
+    refused(model, f"has {Q_PROJ}.qweight where its config expects {Q_PROJ}.weight: what says how")
 
 
 def test_biases_of_zeros_are_let_go(checkpoint: Path, tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ def test_texts_one_after_the_other_do_not_mix(steady: Qwen2ForCausalLM) -> None:
         assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("sampled", "seeded", "repeatable"),
+    [(False, False, True), (True, True, True), (True, False, False)],
+)
+def test_which_texts_can_be_had_again(
+    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool
+) -> None:
+    """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True)
+    options = {"do_sample": sampled, "max_new_tokens": 2, "eos_token_id": None}
+    generate(model, [2, 3], loop(speculation), seeded=seeded, **options)
+    assert bool(speculation.off) == repeatable
+
+
 class Proposing(Speculation):
     """Proposes what it is told, for the second token and the third."""
 
