@@ -259,7 +259,8 @@ def _refuse_lacking(path: Path, name: str, places: Collection[str]) -> NoReturn:
         if found in places:
             raise CheckpointError(
                 f"{path} has {found} where its config expects {name}: what says how it is quantized is "
-                f"missing, or of another; fetch its {CONFIG_FILE}, and quantize_config.json, again"
+                f"missing, or is another quantizer's; fetch its {CONFIG_FILE}, and "
+                "quantize_config.json, again"
             )
     raise CheckpointError(
         f"{path} lacks {name}, which its config expects; fetch the checkpoint again"

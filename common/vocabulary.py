@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError
+from common.store_index import CONFIG_FILE
 from common.strict_json import read_object
 
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 _OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model")  # of models that lack that one
 
 

@@ -27,13 +27,11 @@ from engine.model import build_model
 from engine.step import Step, supports
 
 STEPPED = 8  # tokens that are read one by one, where a token is a single launch; more, in a pass
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 #: The token that is chosen after these ids by these logits, [1, 1], and what it was drawn from, if that
 #: counts.
 Choose = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-
-
-NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Draft:
         config = model.config
         self.vocabulary, self._context = int(config.vocab_size), int(config.max_position_embeddings)
         self._cache: DynamicCache | None = None
-        self._read = NOTHING  # tokens whose keys and values the cache has, on the host
+        self._read = _NOTHING  # tokens whose keys and values the cache has, on the host
         self._lent, self._graphed = True, False
         self._too_long: int | None = None  # of how many tokens a text found no room
 
@@ -119,10 +117,10 @@ class Draft:
             with shortages():
                 return self._propose(ids, text, count, choose)
         except NotLent:
-            self._cache, self._read = None, NOTHING
+            self._cache, self._read = None, _NOTHING
             self._usable()
         except torch.OutOfMemoryError:
-            self._cache, self._read, full = None, NOTHING, True
+            self._cache, self._read, full = None, _NOTHING, True
         finally:
             if self._step is not None:
                 self._step.rest()  # nobody holds what a dead feeder lent

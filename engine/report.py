@@ -135,18 +135,19 @@ def candidates_said(figures: dict[str, Any]) -> str:
     asked = figures["speculate"].partition(":")[0]
     if asked == "off":
         return ""
-    resting, source = figures["speculation_resting"], "draft" if asked == "draft" else "lookup"
     if not figures["candidates"]:
         if asked != "auto":
-            return f"{source}: no candidates were checked"
+            return f"{asked}: no candidates were checked"
         return f"lookup is off: {figures['speculation_off']}" if figures["speculation_off"] else ""
-    both = source == "draft" and figures["drafted_passes"] < figures["wide_passes"]
-    rests = f", {'and the draft' if both else 'which'} does not pay here and rests"
-    drafting = f" {figures['drafting_s']:.2f} s drafting," if source == "draft" else ""
+    drafted = figures["drafted_passes"]
+    looked_up = figures["wide_passes"] - drafted
+    sources = " and ".join(["draft"] * bool(drafted) + ["lookup"] * bool(looked_up))
+    who = "and the draft" if asked == "draft" and looked_up else "which"
+    rests = f", {who} does not pay here and rests" if figures["speculation_resting"] else ""
+    drafting = f" {figures['drafting_s']:.2f} s drafting," if drafted else ""
     saved = figures["saved_s"]
     return (
-        f"{'draft and lookup' if both else source}{rests if resting else ''}:"
-        f" {figures['tokens_per_pass']:.2f} tokens a pass,"
+        f"{sources}{rests}: {figures['tokens_per_pass']:.2f} tokens a pass,"
         f" {100 * figures['acceptance']:.0f} % of {figures['candidates']} candidates accepted,"
         f"{drafting} about {abs(saved):.2f} s {'saved' if saved >= 0 else 'lost'}"
     )

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.families import FAMILIES
 from common.plan import Capacity, Plan
 from common.quality import Quality
 from feeder.measure import Measured
@@ -127,11 +126,9 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
 
 def _engine_us(subject: Subject) -> tuple[float, float]:
     """For each weight, of a token and of a prompt."""
-    family = FAMILIES.get(subject.config.get("model_type", ""))
     packed = not any(subject.traffic.moved)
     stays = subject.capacity.holds(subject.sizes)
-    stepped = family is None or family.stepped
-    return engine_us(packed, stays, stepped), forward_us(packed)
+    return engine_us(packed, stays), forward_us(packed)
 
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:

@@ -20,6 +20,7 @@ import torch
 
 from common import int4
 from common.blocks import BLOCK, MAX_CODE, MIN_CODE, code_bytes, scale_count
+from common.shortages import shortages
 from feeder.search import under_weights, weighted
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next if one does not suffice
@@ -49,7 +50,7 @@ class Curvature:
         """Of the sum of x xᵀ over inputs x, fp32 [K, K], which is used up: the factor lies in its memory.
 
         None if it is nothing to go by: not finite, zero, or not positive definite however it is damped.
-        Takes memory for one more of its size, in host memory if the device has none.
+        Takes memory for one more of its size; for two in host memory if the device has none.
         """
         diagonal = hessian.diagonal().clone()
         mean = diagonal.mean()
@@ -88,7 +89,8 @@ def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, float] | None:
         matrix.diagonal().add_(damping - so_far)
         so_far = damping
         try:
-            lower, failed = torch.linalg.cholesky_ex(matrix)
+            with shortages():  # the solver takes memory past torch's allocator
+                lower, failed = torch.linalg.cholesky_ex(matrix)
         except torch.OutOfMemoryError:
             lower, failed = torch.linalg.cholesky_ex(matrix.cpu())
         if not failed and bool(lower.diagonal().isfinite().all()):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,18 +105,20 @@ class HostStore:
             shared = SharedMemory.open(str(SHM_DIRECTORY / keep_name), size_bytes, writable=True)
         except (OSError, PeerError):
             return None
-        start = time.monotonic()
-        try:
+        start, stop = time.monotonic(), threading.Event()
+        with ExitStack() as undo:
+            undo.callback(shared.close)
             with ThreadPoolExecutor(1, thread_name_prefix="check") as checker:
-                checked = checker.submit(_check, store, places, shared.tensor)
-                unpin = memory.pin(shared.tensor)
-        except BaseException:
-            shared.close()
-            raise
-        if error := checked.exception():
-            unpin()
-            shared.close()
-            raise error
+                checked = checker.submit(_damage, store, places, shared.tensor, stop)
+                try:
+                    unpin = memory.pin(shared.tensor)
+                    undo.callback(unpin)
+                    damage = checked.result()
+                finally:
+                    stop.set()
+            if damage:  # as a text: an exception would keep the memory for as long as it is about
+                raise StoreCorruptError(damage)
+            undo.pop_all()
         log.debug("checked and page-locked in %.1f s", time.monotonic() - start)
         return cls(store, shared, unpin)
 
@@ -148,11 +151,11 @@ def _read(store: Store, places: list[Place], destination: torch.Tensor) -> None:
         gap.zero_()
         store.check(entry, codes, scales)
 
-    _for_all(store, read, "loading the store")
+    _for_all(store, read, "loading the store", threading.Event())
 
 
-def _check(store: Store, places: list[Place], held: torch.Tensor) -> None:
-    """All weights, where they lie."""
+def _damage(store: Store, places: list[Place], held: torch.Tensor, stop: threading.Event) -> str:
+    """What is wrong with a weight where it lies, "" if nothing is."""
 
     def check(index: int, stop: threading.Event) -> None:
         codes, _, scales = _parts(places[index], held)
@@ -164,7 +167,11 @@ def _check(store: Store, places: list[Place], held: torch.Tensor) -> None:
         except StoreCorruptError:  # whose advice is about a file
             raise StoreCorruptError(f"{entry.name} is not what was loaded") from None
 
-    _for_all(store, check, "checking the kept store")
+    try:
+        _for_all(store, check, "checking the kept store", stop)
+    except StoreCorruptError as error:
+        return str(error)
+    return ""
 
 
 def _parts(place: Place, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,10 +182,11 @@ def _parts(place: Place, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return packed[:end], packed[end : place.scales_at], scales
 
 
-def _for_all(store: Store, work: Callable[[int, threading.Event], None], what: str) -> None:
+def _for_all(
+    store: Store, work: Callable[[int, threading.Event], None], what: str, stop: threading.Event
+) -> None:
     """``work`` for each weight, in parallel, the largest first. When one fails, or this thread is
-    interrupted, the others are told to stop."""
-    stop = threading.Event()
+    interrupted, the others are told to ``stop``; so may anyone else."""
 
     def run(index: int) -> int:
         work(index, stop)

@@ -23,7 +23,7 @@ ENGINE_US = 180.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
-#: Of a pass over a prompt, or of a token without a step: transformers' own forward pass, with dequantized
+#: Of a pass over a prompt: transformers' own forward pass, with dequantized
 #: slots and with packed ones. Measured on an H100 machine: 142 and 85 ms of a token of the 32B shape.
 FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
@@ -41,12 +41,9 @@ FUSED_TOKENS = 16
 STEADY_SHARE, MOST_PASSES = 0.002, 8
 
 
-def engine_us(packed: bool, everything: bool, stepped: bool = True) -> float:
+def engine_us(packed: bool, everything: bool) -> float:
     """Host time of a CUDA engine for each weight, in slots that are ``packed`` or dequantized. With
-    ``everything`` there, packed, to stay, there is none: a token is one launch of a CUDA graph.
-    ``stepped``: whether single tokens of this family take a step."""
-    if not stepped:
-        return forward_us(packed)
+    ``everything`` there, packed, to stay, there is none: a token is one launch of a CUDA graph."""
     if not packed:
         return ENGINE_US
     return 0.0 if everything else STEP_US

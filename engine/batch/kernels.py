@@ -15,6 +15,7 @@ import triton.language as tl
 TILE, TILES = 64, 4  # tokens at once; tiles of a chunk
 CHUNK = TILE * TILES
 ALIGNED = 8  # elements: 16 bytes
+WIDE_HEADS = 128  # elements
 WIDTHS = 16  # a table has room for a multiple of so many sequences
 
 
@@ -109,6 +110,12 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     tl.store(to, (out / total).to(output.dtype.element_ty))
 
 
+def launch_options(dim: int) -> dict[str, int]:
+    """Of a program of attention, by the elements of a head: of wide ones nothing is loaded ahead, since
+    devices have not the memory for that."""
+    return {"num_warps": 4} if dim <= WIDE_HEADS else {"num_warps": 8, "num_stages": 1}
+
+
 class ManyPasts:
     """The caches of some sequences, for one pass in which each has one token.
 
@@ -166,7 +173,7 @@ class ManyPasts:
             self._partial, self._peaks, *query.stride()[1:3], *key.stride()[1:3],
             *value.stride()[1:3], self._width, self._chunks, scale,
             GROUP=group, PADDED=max(16, triton.next_power_of_2(group)), DIM=dim, KV=kv,
-            TILE=TILE, TILES=TILES, ALIGNED=ALIGNED, num_warps=4,
+            TILE=TILE, TILES=TILES, ALIGNED=ALIGNED, **launch_options(dim),
         )  # fmt: skip
         _join_kernel[(count, kv * group)](
             self._partial, self._peaks, rows, lengths, output, self._chunks,

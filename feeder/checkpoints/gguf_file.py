@@ -50,16 +50,10 @@ class GgufFile:
         self.tensors: dict[str, GgufTensor] = {}
         for number, (path, reader) in enumerate(zip(paths, readers, strict=True)):
             _require_part(path, reader, number, len(paths))
-            file_bytes = path.stat().st_size
             for found in reader.tensors:
-                self._add(_tensor(path, found), file_bytes)
+                self._add(_tensor(path, found))
 
-    def _add(self, tensor: GgufTensor, file_bytes: int) -> None:
-        if tensor.offset + tensor.bytes > file_bytes:
-            raise CheckpointError(
-                f"{tensor.file} is truncated: it has {file_bytes} bytes, {tensor.name!r:.80} ends at "
-                f"{tensor.offset + tensor.bytes}; fetch it again"
-            )
+    def _add(self, tensor: GgufTensor) -> None:
         if tensor.name in self.tensors:
             raise CheckpointError(
                 f"{tensor.file} has {tensor.name!r:.80}, which another part has too; "

@@ -19,7 +19,8 @@ from common.errors import CheckpointError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_ALIGNMENT_KEY, _ALIGNMENT = b"general.alignment", 32  # of where the tensors begin
 _MOST_KEYS = 1 << 14
 _MOST_TENSORS = 1 << 17
 _MOST_ITEMS = 1 << 22  # of all arrays: a vocabulary of a million has a few arrays of that length
@@ -63,14 +64,19 @@ class _Walk:
             raise ValueError(f"its version is {version}, expected 2 or 3, little endian")
         tensors = self._at_most(self._number("Q"), _MOST_TENSORS, "tensors")
         keys = self._at_most(self._number("Q"), _MOST_KEYS, "keys")
+        alignment = _ALIGNMENT
         for _ in range(keys):
-            self._text()
-            self._value(self._number("I"))
+            key, kind = self._text(), self._number("I")
+            if key == _ALIGNMENT_KEY and kind == _UINT32:
+                alignment = max(1, self._number("I"))
+            else:
+                self._value(kind)
         for _ in range(tensors):
             self._tensor()
-        if self._data > self._left:
+        there = self._left - -self._file.tell() % alignment
+        if self._data > max(0, there):
             raise ValueError(
-                f"it is truncated: its tensors take {self._data} bytes, {self._left} are there"
+                f"it is truncated: its tensors take {self._data} bytes, {max(0, there)} are there"
             )
 
     def _value(self, kind: int, in_array: bool = False) -> None:
@@ -96,13 +102,16 @@ class _Walk:
         sizes = [self._number("Q") for _ in range(dimensions)]
         elements = self._at_most(math.prod(sizes), _MOST_ELEMENTS, "elements of a tensor")
         kind, offset = self._number("I"), self._number("Q")
-        block, block_bytes = self._sizes.get(
-            kind, (1, 0)
-        )  # one that is not known the reader refuses
+        # One that is not known the reader refuses.
+        block, block_bytes = self._sizes.get(kind, (1, 0))
         self._data = max(self._data, offset + elements // block * block_bytes)
 
-    def _text(self) -> None:
-        self._skip(self._at_most(self._number("Q"), _MOST_TEXT_BYTES, "bytes of a text"))
+    def _text(self) -> bytes:
+        """As much of it as a key has that is wanted here."""
+        count = self._at_most(self._number("Q"), _MOST_TEXT_BYTES, "bytes of a text")
+        start = self._take(min(count, len(_ALIGNMENT_KEY) + 1))
+        self._skip(count - len(start))
+        return start
 
     def _at_most(self, found: int, most: int, what: str) -> int:
         if found > most:

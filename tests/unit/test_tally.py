@@ -67,6 +67,13 @@ def test_where_nothing_was_checked(asked: str, streams: bool, said: str) -> None
     assert candidates_said({"speculate": "off"}) == ""
 
 
+def test_a_draft_that_was_never_asked() -> None:
+    found = tallied(one(1.0), one(0.1), Pass(9, 9, 10, 0.1, False, 0.0))
+    said = candidates_said({"speculate": "draft", "speculation_resting": True, **found})
+    assert said.startswith("lookup, and the draft does not pay here and rests: ")
+    assert "drafting" not in said
+
+
 def test_where_it_loses_it_says_so() -> None:
     lost = tallied(one(1.0), one(0.1), Pass(4, 0, 1, 0.2, True, 0.3))
     said = candidates_said({"speculate": "draft:4", "speculation_resting": True, **lost})
