@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -12,7 +13,8 @@ from common import int4
 from feeder import methods
 from tests.gguf_files import all_as, write_gguf
 from tests.processes import DEMO, Room
-from tests.ready_made import gptq, random_weight, write
+from tests.ready_made import awq, gptq, random_weight, write
+from tests.unit.test_compressed_tensors import Library, settings
 
 NEW_TOKENS = 12
 
@@ -32,14 +34,20 @@ def continued(checkpoint: Path, values: dict[str, torch.Tensor], prompt: list[in
     return found[0, len(prompt) :].tolist()
 
 
-def test_gptq(room: Room, tmp_path: Path) -> None:
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors"])
+def test_codes_are_kept(room: Room, tmp_path: Path, kind: str) -> None:
+    if kind == "compressed-tensors":
+        how, encode = settings(symmetric=True, group_size=128), Library(True, 128).encode
+    else:
+        how = {"quant_method": kind, "bits": 4, "group_size": 128, "desc_act": False}
+        encode = {"gptq": gptq, "awq": awq}[kind]
     checkpoint = tmp_path / "model"
-    values = write(checkpoint, settings, random_weight, gptq)
+    values = write(checkpoint, how, random_weight, encode)
     flags = ["--greedy", f"--max-new-tokens={NEW_TOKENS}", "--device=cpu"]
     ended = room.launch(f"--model={checkpoint}", "--prompt=5 17 30 2", *flags).wait()
     assert ended.code == 0, ended.err
-    assert "quantize: converted from gptq: 100.0% of the blocks bit for bit; relative" in ended.err
+    said = f"quantize: converted from {kind}: 100.0% of the blocks bit for bit; relative"
+    assert said in ended.err
     values["lm_head.weight"] = quantized(values["lm_head.weight"])
     tokens = continued(checkpoint, values, [5, 17, 30, 2])
     assert ended.out.split() == [str(token) for token in tokens]
