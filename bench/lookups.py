@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from bench.record import ROOT
+from bench.record import ROOT, add_output, finish
 from common.arguments import Parser
 from common.config import MOST_CANDIDATES
 from common.entry import run_process
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
                     {"texts": pattern, "kind": kind, "lookup": name, **measured(found, most)}
                 )
                 print(*rows[-1].values(), sep="\t", file=sys.stderr, flush=True)
-    print(json.dumps(rows))
+    print(json.dumps(finish({"rows": rows}, arguments.output)))
 
 
 def main(argv: list[str]) -> int:
@@ -120,6 +120,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--last", type=int, nargs="+", default=[2, 3], metavar="N", help="tokens, at most"
     )
+    add_output(parser)
     arguments = parser.parse_args(argv)
 
     return run_process("bench", False, lambda _: run(arguments))

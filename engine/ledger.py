@@ -138,7 +138,7 @@ class Ledger:
 
     def standing(self, weights: Sequence[int]) -> bool:
         """Whether all of them are granted until they are revoked."""
-        found = [self._offered.get(weight) for weight in weights]
+        found = (self._offered.get(weight) for weight in weights)
         return all(lease is not None and lease.grant.standing for lease in found)
 
     def put(self, lease: Lease) -> bool:

@@ -26,6 +26,12 @@ PLAIN = tl.constexpr(0)  # y = W x + bias
 #: hidden += W x; hidden times the next norm's weights, spread; squares summed
 RESIDUAL = tl.constexpr(1)
 GLU = tl.constexpr(2)  # silu(W0 x) * (W1 x), spread
+WIDE_HEADS = 128  # elements: beyond, four warps have not the registers for attention
+
+
+def attention_warps(dim: int) -> int:
+    """Of a program of attention, by the elements of a head."""
+    return 4 if dim <= WIDE_HEADS else 8
 
 
 @triton.jit

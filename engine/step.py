@@ -30,6 +30,7 @@ from engine.one_token import (
     PLAIN,
     RESIDUAL,
     attention_kernel,
+    attention_warps,
     begin_kernel,
     combine_kernel,
     glu_kernel,
@@ -38,7 +39,6 @@ from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one, ring
 
 BEGIN_SIZE = 64
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
-WIDE_HEADS = 128  # elements: beyond, four warps have not the registers
 
 
 @dataclass
@@ -379,11 +379,6 @@ class Step:
         cosines, sines = self._model.model.rotary_emb(sample, positions)
         self._tables = (cosines[0].contiguous(), sines[0].contiguous())
         self._graph = None
-
-
-def attention_warps(dim: int) -> int:
-    """Of a program of attention, by the elements of a head."""
-    return 4 if dim <= WIDE_HEADS else 8
 
 
 def _biased_as_stepped(layer: Any) -> bool:

@@ -134,34 +134,32 @@ class HostStore:
 
     def codes(self, weight: int) -> torch.Tensor:
         """The weight's codes, uint8 [ceil(elements / 2)], in host memory."""
-        return self.packed(weight)[: code_bytes(self.places[weight].elements)]
+        return _parts(self.places[weight], self.tensor)[0]
 
     def scales(self, weight: int) -> torch.Tensor:
         """The weight's scales, bf16 [ceil(elements / 128)], in host memory."""
-        return self.packed(weight)[self.places[weight].scales_at :].view(torch.bfloat16)
+        return _parts(self.places[weight], self.tensor)[2].view(torch.bfloat16)
 
 
 def _read(store: Store, places: list[Place], destination: torch.Tensor) -> None:
     """All weights: each is read straight into place, and checked there."""
+    stop = threading.Event()
 
-    def read(index: int, stop: threading.Event) -> None:
+    def read(index: int) -> None:
         entry, place = store.weights[index], places[index]
         codes, gap, scales = _parts(place, destination)
         store.read_weight_into(entry, codes, scales, stop)
         gap.zero_()
         store.check(entry, codes, scales)
 
-    _for_all(store, read, "loading the store", threading.Event())
+    _for_all(store, read, "loading the store", stop)
 
 
 def _damage(store: Store, places: list[Place], held: torch.Tensor, stop: threading.Event) -> str:
     """What is wrong with a weight where it lies, "" if nothing is."""
 
-    def check(index: int, stop: threading.Event) -> None:
-        codes, _, scales = _parts(places[index], held)
-        if stop.is_set():
-            return
-        entry = store.weights[index]
+    def check(index: int) -> None:
+        entry, (codes, _, scales) = store.weights[index], _parts(places[index], held)
         try:
             store.check(entry, codes, scales)
         except StoreCorruptError:  # whose advice is about a file
@@ -182,14 +180,13 @@ def _parts(place: Place, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return packed[:end], packed[end : place.scales_at], scales
 
 
-def _for_all(
-    store: Store, work: Callable[[int, threading.Event], None], what: str, stop: threading.Event
-) -> None:
+def _for_all(store: Store, work: Callable[[int], None], what: str, stop: threading.Event) -> None:
     """``work`` for each weight, in parallel, the largest first. When one fails, or this thread is
-    interrupted, the others are told to ``stop``; so may anyone else."""
+    interrupted, the others are told to ``stop``, as anyone else may tell them, and none begins any more."""
 
     def run(index: int) -> int:
-        work(index, stop)
+        if not stop.is_set():
+            work(index)
         return store.weights[index].packed_bytes
 
     order = sorted(range(len(store.weights)), key=lambda index: -store.weights[index].packed_bytes)

@@ -23,8 +23,8 @@ ENGINE_US = 180.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
-#: Of a pass over a prompt: transformers' own forward pass, with dequantized
-#: slots and with packed ones. Measured on an H100 machine: 142 and 85 ms of a token of the 32B shape.
+#: Of a pass over a prompt: transformers' own forward pass, with dequantized slots and with packed ones.
+#: Measured on an H100 machine: 142 and 85 ms of a token of the 32B shape.
 FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
 HANDOVER_US = 200.0

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.one_token import WIDE_HEADS, attention_warps
+
 TILE, TILES = 64, 4  # tokens at once; tiles of a chunk
 CHUNK = TILE * TILES
 ALIGNED = 8  # elements: 16 bytes
-WIDE_HEADS = 128  # elements
 WIDTHS = 16  # a table has room for a multiple of so many sequences
 
 
@@ -113,7 +114,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
 def launch_options(dim: int) -> dict[str, int]:
     """Of a program of attention, by the elements of a head: of wide ones nothing is loaded ahead, since
     devices have not the memory for that."""
-    return {"num_warps": 4} if dim <= WIDE_HEADS else {"num_warps": 8, "num_stages": 1}
+    return {"num_warps": attention_warps(dim)} | ({"num_stages": 1} if dim > WIDE_HEADS else {})
 
 
 class ManyPasts:

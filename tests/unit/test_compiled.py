@@ -20,10 +20,16 @@ from triton.compiler import ASTSource
 from common.dequantize import BLOCKS_PER_PROGRAM, _dequantize_kernel
 from engine.batch.kernels import ALIGNED, TILE, TILES, _chunks_kernel, launch_options
 from engine.cuts import tokens_cut
-from engine.one_token import GLU, RESIDUAL, attention_kernel, combine_kernel
+from engine.one_token import (
+    GLU,
+    RESIDUAL,
+    attention_kernel,
+    attention_warps,
+    combine_kernel,
+)
 from engine.ring import TILE as RING_TILE
 from engine.ring import UNIT, ring_kernel
-from engine.step import TILE_TOKENS, attention_warps
+from engine.step import TILE_TOKENS
 from engine.w4a16 import MAX_TOKENS, RING, _tokens_kernel
 
 #: Compute capability, and the most bytes of shared memory that a program may have: RTX 30 (RTX 40, which
