@@ -14,16 +14,27 @@ class TookTooLong(WeightFeederError):
     """A setting was given up."""
 
 
+class _GivenUp(BaseException):
+    """Passes through what is interrupted, which must not take it for an error of its own: the client
+    would remember it, and raise it again when the next setting is measured."""
+
+    def __init__(self, error: WeightFeederError) -> None:
+        self.error = error
+
+
 @contextmanager
 def limited(limit_s: float, look: Callable[[], object]) -> Iterator[None]:
-    """For the main thread: raises TookTooLong amid whatever it does when the time is up, and what
+    """For the main thread: raises TookTooLong out of whatever it does when the time is up, and what
     ``look`` raises when a child process has ended."""
 
     def overdue(number: int, frame: FrameType | None) -> None:
-        raise TookTooLong(f"given up after {limit_s:.0f} s")
+        raise _GivenUp(TookTooLong(f"given up after {limit_s:.0f} s"))
 
     def child_ended(number: int, frame: FrameType | None) -> None:
-        look()
+        try:
+            look()
+        except WeightFeederError as error:
+            raise _GivenUp(error) from error
 
     old_alarm = signal.signal(signal.SIGALRM, overdue)
     old_child = signal.signal(signal.SIGCHLD, child_ended)
@@ -31,6 +42,8 @@ def limited(limit_s: float, look: Callable[[], object]) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, limit_s)
         look()
         yield
+    except _GivenUp as given_up:
+        raise given_up.error from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old_alarm)

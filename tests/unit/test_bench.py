@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bench.guard import TookTooLong, limited
 from bench.record import Results
 from bench.settings import Setting, sweep_settings
 from common import int4
-from common.errors import PeerError, UsageError
+from common.errors import PeerError, UsageError, WeightFeederError
 
 RUN = {"device": "a GPU", "commit": "abc", "store": "123", "command": "python -m bench"}
 RING, RESIDENT = Setting("ring", "8").fields(), Setting("resident", "8").fields()
@@ -101,6 +102,31 @@ def test_a_file_that_is_none_of_ours(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="no file of this bench's results"):
         Results(path)
     assert path.read_text() == text
+
+
+def endures() -> None:
+    """As the engine's client: it keeps what it takes for an error of its own."""
+    while True:
+        try:
+            time.sleep(0.01)
+        except WeightFeederError:
+            pass
+
+
+def test_overdue_work_cannot_keep_the_error() -> None:
+    with pytest.raises(TookTooLong, match="given up after 0 s"), limited(0.05, lambda: None):
+        endures()
+
+
+def test_the_end_of_a_child_is_seen_by_work_that_endures() -> None:
+    child = subprocess.Popen(["sleep", "0.2"])
+
+    def look() -> None:
+        if child.poll() is not None:
+            raise PeerError("the child has ended")
+
+    with pytest.raises(PeerError, match="the child has ended"), limited(60, look):
+        endures()
 
 
 def test_limited() -> None:
