@@ -46,13 +46,13 @@ class Speculation:
         asked: Speculate,
         streams: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
-        rounds: bool = False,
+        exact: Callable[[], bool] = lambda: True,
     ) -> None:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
-        ``clock``: seconds, for the cost of passes. ``rounds``: whether a pass over several tokens rounds
-        otherwise than passes over one; then ``auto`` leaves texts alone that are to be the same again."""
+        ``clock``: seconds, for the cost of passes. ``exact``: whether a pass over several tokens gives what
+        passes over one give; while not, ``auto`` leaves texts alone that are to be the same again."""
         self._asked, self._streams, self._clock = asked, streams, clock
-        self._rounds, self._repeatable = rounds, False
+        self._exact, self._repeatable = exact, False
         self._costs = Costs()
         self._looked_up = _Guess(Pace(self._costs))
         self._drafted = _Guess(Pace(self._costs, drafts=True))
@@ -81,7 +81,7 @@ class Speculation:
             return ""
         if not self._streams():
             return "all weights stay"
-        if self._rounds and self._repeatable:
+        if self._repeatable and not self._exact():
             return "rounding could change this text (ask with --speculate lookup)"
         return ""
 

@@ -147,7 +147,7 @@ def test_which_texts_can_be_had_again(
     model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool
 ) -> None:
     """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True)
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: False)
     options = {"do_sample": sampled, "max_new_tokens": 2, "eos_token_id": None}
     generate(model, [2, 3], loop(speculation), seeded=seeded, **options)
     assert bool(speculation.off) == repeatable
