@@ -52,6 +52,7 @@ def assert_stepped_as_plain(
             assert cache.get_seq_length() == length + count
 
 
+@torch.inference_mode()
 def take_in_passes(
     one: Callable[..., torch.Tensor],
     several: Callable[..., Sequence[torch.Tensor]],

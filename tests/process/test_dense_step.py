@@ -22,14 +22,8 @@ from tests.reference import reference_model
 from tests.stepping import LAYER, assert_stepped_as_plain, take_in_passes
 
 TOKENS = 10
-PASSES = (
-    (2, 2),
-    (3, 1),
-    (16, 16),
-    (1, 1),
-    (5, 2),
-    (2, 2),
-)  # how wide, and how many tokens are kept
+#: How wide, and how many of their tokens are kept.
+PASSES = ((2, 2), (3, 1), (16, 16), (1, 1), (5, 2), (2, 2))
 
 
 def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None:
