@@ -143,14 +143,30 @@ def test_texts_one_after_the_other_do_not_mix(steady: Qwen2ForCausalLM) -> None:
     ("sampled", "seeded", "repeatable"),
     [(False, False, True), (True, True, True), (True, False, False)],
 )
+@pytest.mark.parametrize("exact", [False, True])
 def test_which_texts_can_be_had_again(
-    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool
+    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool, exact: bool
 ) -> None:
-    """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: False)
-    options = {"do_sample": sampled, "max_new_tokens": 2, "eos_token_id": None}
-    generate(model, [2, 3], loop(speculation), seeded=seeded, **options)
-    assert bool(speculation.off) == repeatable
+    """Those of which ``auto`` keeps away while a pass over several tokens rounds otherwise."""
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: exact)
+    options = {"do_sample": sampled, "max_new_tokens": 60, "eos_token_id": None}
+    generate(model, [2, 3] * 4, loop(speculation), seeded=seeded, **options)
+    assert bool(speculation.off) == (repeatable and not exact)
+    assert (speculation.figures()["candidates"] > 0) == (exact or not repeatable)
+
+
+def test_auto_asks_before_each_pass_whether_it_is_exact() -> None:
+    """Another kind of slots may change that."""
+    answers = iter([True, True, True, False, True])
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: next(answers))
+    speculation.begin([3, 4, 5] * 9)
+    found = []
+    for _ in range(5):
+        candidates = speculation.propose(4)
+        found.append(bool(candidates))
+        for token in candidates or [3]:
+            speculation.add(token)
+    assert found == [False, False, True, False, True]  # first a pass of one is measured
 
 
 class Proposing(Speculation):
