@@ -25,9 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.families import FAMILIES
 from common.formats import PACKED
-from engine.cache import PastLayer, past, short_window
+from engine.cache import PastLayer, short_window
 from engine.client import WeightClient
-from engine.lane import MOST_LANES
+from engine.lane import room_for
 from engine.ledger import Lease
 from engine.linear import FedLinear
 
@@ -82,13 +82,8 @@ class DenseStep:
     def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
         """The logits after each of ``tokens``, [1, up to MOST_LANES], which follow one another: what as many
         calls would give, to the bit, and what they would leave in ``cache``."""
-        length, kept, count = cache.get_seq_length(), past(cache), tokens.shape[1]
-        room = kept[0].capacity
-        if not 1 <= count <= MOST_LANES:
-            raise ValueError(f"{count} tokens: a pass takes from 1 to {MOST_LANES}")
-        if length + count > room:
-            found = "all are there" if length == room else f"{length} are there"
-            raise ValueError(f"the cache holds {room} tokens, and {found}")
+        count = tokens.shape[1]
+        length, kept = room_for(count, cache)
         while len(self._lanes) < count:
             self._lanes.append(_Lane(self._model))
         lanes = self._lanes[:count]

@@ -1,7 +1,7 @@
 """What one token of a pass owns while the fused step takes it through the layers: a lane.
 
 A pass over several tokens has several, which share the memory between a product's programs and between
-the chunks of attention. Knows no weights, and not how a lane is filled.
+the chunks of attention. And how many tokens a pass may have. Knows no weights, and not how a lane is filled.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
-from engine.cache import head_dim
+from engine.cache import PastLayer, head_dim, past
 
 MOST_LANES = 16  # tokens of one pass
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
@@ -66,3 +67,16 @@ def tiles_at(position: int) -> int:
     while position >= TILE_TOKENS * tiles * MAX_CHUNKS:
         tiles *= 2
     return tiles
+
+
+def room_for(count: int, cache: DynamicCache) -> tuple[int, list[PastLayer]]:
+    """How many tokens are in ``cache``, and its layers. ValueError if no pass over ``count`` more can be
+    made, or if they find no room."""
+    length, layers = cache.get_seq_length(), past(cache)
+    capacity = layers[0].capacity
+    if not 1 <= count <= MOST_LANES:
+        raise ValueError(f"{count} tokens: a pass takes from 1 to {MOST_LANES}")
+    if length + count > capacity:
+        found = "all are there" if length == capacity else f"{length} are there"
+        raise ValueError(f"the cache holds {capacity} tokens, and {found}")
+    return length, layers

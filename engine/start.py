@@ -226,12 +226,10 @@ def _speculation(
     def streams() -> bool:
         return not (step is not None and step.graphed) and not client.stay(weights)
 
-    def exact() -> bool:
-        # Without a step, a pass over several tokens rounds otherwise on a GPU than passes over one do, and
-        # which tokens go together depends on the pace: no text that can be had again may depend on that.
-        return device.type == "cpu" or (step is not None and step.most > asked.most)
+    def stepped() -> bool:
+        return step is not None and step.most > asked.most
 
-    return Speculation(asked, streams, exact=exact)
+    return Speculation(asked, streams, rounds=device.type != "cpu", stepped=stepped)
 
 
 def _draft(

@@ -26,9 +26,9 @@ from transformers import DynamicCache
 from common.families import FAMILIES
 from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
-from engine.cache import PastLayer, head_dim, past, short_window
+from engine.cache import PastLayer, head_dim, short_window
 from engine.client import WeightClient
-from engine.lane import MAX_CHUNKS, MOST_LANES, TILE_TOKENS, Lane, make_lane
+from engine.lane import MAX_CHUNKS, TILE_TOKENS, Lane, make_lane, room_for
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -142,7 +142,7 @@ class Step:
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The logits, fp32 [1, vocabulary], of the token that follows ``token`` [1, 1], whose keys and
         values are added to ``cache``. The result is overwritten by the next call."""
-        length, layers = self._room(cache, 1)
+        length, layers = room_for(1, cache)
         self._token.copy_(token)
         lane = self._lanes[0]
         lane.begin(length)
@@ -167,7 +167,7 @@ class Step:
         calls would give, to the bit, and what they would leave in ``cache``. The result is overwritten by
         the next call."""
         count = tokens.shape[1]
-        length, layers = self._room(cache, count)
+        length, layers = room_for(count, cache)
         while len(self._lanes) < count:
             self._lanes.append(make_lane(self._config, self._device))
         lanes = self._lanes[:count]
@@ -186,17 +186,6 @@ class Step:
         held, self._held = list(self._held.values()), {}
         for lease in held:  # their last reader is queued: they go back when it is complete
             self._client.release(lease)
-
-    def _room(self, cache: DynamicCache, count: int) -> tuple[int, list[PastLayer]]:
-        """How many tokens are in the cache, and its layers; ValueError if ``count`` more find no room."""
-        length, layers = cache.get_seq_length(), past(cache)
-        capacity = layers[0].capacity
-        if not 1 <= count <= MOST_LANES:
-            raise ValueError(f"{count} tokens: a pass takes from 1 to {MOST_LANES}")
-        if length + count > capacity:
-            found = "all are there" if length == capacity else f"{length} are there"
-            raise ValueError(f"the cache holds {capacity} tokens, and {found}")
-        return length, layers
 
     # The graph ---------------------------------------------------------------------------------
 

@@ -93,6 +93,16 @@ def test_the_text_is_that_without_candidates(
         assert fields["candidates"] > 0, (flags, fields)
 
 
+def test_what_is_resident_is_left_alone(room: Room, demo_store: Path) -> None:
+    """A pass over several tokens would take as long as they do one after the other."""
+    common = (f"--model={demo_store}", "--json", "--cache=-1", "--wait-full", "--slots=packed")
+    for flags in asked():
+        ended = room.launch(*common, *flags).wait()
+        fields = summary_of(ended)
+        assert (ended.code, ended.out) == (0, DEMO_TEXT), ended.err
+        assert (fields["candidates"], fields["speculation_off"]) == (0, "all weights stay")
+
+
 def test_without_a_step_auto_leaves_texts_alone(room: Room, demo_store: Path) -> None:
     common = (f"--model={demo_store}", "--json", "--cache=4", "--no-step")
     for sampling in ((), SAMPLED):

@@ -143,22 +143,23 @@ def test_texts_one_after_the_other_do_not_mix(steady: Qwen2ForCausalLM) -> None:
     ("sampled", "seeded", "repeatable"),
     [(False, False, True), (True, True, True), (True, False, False)],
 )
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("stepped", [False, True])
 def test_which_texts_can_be_had_again(
-    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool, exact: bool
+    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool, stepped: bool
 ) -> None:
-    """Those of which ``auto`` keeps away while a pass over several tokens rounds otherwise."""
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: exact)
+    """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=lambda: stepped)
     options = {"do_sample": sampled, "max_new_tokens": 60, "eos_token_id": None}
     generate(model, [2, 3] * 4, loop(speculation), seeded=seeded, **options)
-    assert bool(speculation.off) == (repeatable and not exact)
-    assert (speculation.figures()["candidates"] > 0) == (exact or not repeatable)
+    assert bool(speculation.off) == (repeatable and not stepped)
+    assert (speculation.figures()["candidates"] > 0) == (stepped or not repeatable)
 
 
-def test_auto_asks_before_each_pass_whether_it_is_exact() -> None:
+def test_auto_asks_before_each_pass_whether_a_step_makes_it() -> None:
     """Another kind of slots may change that."""
     answers = iter([True, True, True, False, True])
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, exact=lambda: next(answers))
+    stepped = lambda: next(answers)  # noqa: E731
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=stepped)
     speculation.begin([3, 4, 5] * 9)
     found = []
     for _ in range(5):
