@@ -168,10 +168,7 @@ class Scheduler:
         slot = self.slots.get(weight)
         if slot is not None and slot.state is State.IN_USE:
             return  # the grant is on its way: the two messages crossed
-        if slot is None:
-            self._follow()
-            if weight not in self._agenda.target.members:
-                self._move_to(self.plan.position(weight))
+        self._move_to(self.plan.position(weight))  # so that what comes before it makes room for it
         self._set_need(weight)
         self._tell("needed", weight)
 
@@ -188,7 +185,7 @@ class Scheduler:
         if given_back_unused:
             self._revoked_bytes -= slot.size_bytes
         else:
-            self._move_to(self.plan.after(slot.weight))
+            self._move_to(self.plan.after(slot.weight), ahead=True)
             self._tell("released", slot.weight)
 
     def filled(self, slot_id: int) -> None:
@@ -467,8 +464,12 @@ class Scheduler:
 
     # Helpers -----------------------------------------------------------------------------------
 
-    def _move_to(self, position: int | None) -> None:
+    def _move_to(self, position: int | None, ahead: bool = False) -> None:
+        """``ahead``: not back, as a late release would lead."""
         if position is None:
+            return
+        behind = (self._position - position) % len(self.plan)
+        if ahead and 0 < 2 * behind < len(self.plan):
             return
         # Half a pass backwards, or more, is the next pass, not a late release.
         if 2 * (self._position - position) >= len(self.plan):
