@@ -42,7 +42,7 @@ def parser() -> Parser:
     add("--strategies", type=_words, default=STRATEGIES, metavar="A,B", help="of the sweep, ttft")
     add("--caches", type=_words, metavar="A,B", help="of the sweep, ttft; write --caches=-1,8")
     add("--slots", type=_words, default=(DEQUANTIZED,), metavar="A,B", help=", ".join(SLOTS))
-    add("--context", type=int, default=0, metavar="TOKENS", help="in the KV cache beforehand")
+    add("--context", type=numbers, default=(0,), metavar="A,B", help="tokens in the KV cache before")
     add("--tokens", type=int, metavar="N", help="timed for each setting; default 10, quick 3")
     add("--time-limit", type=float, default=20.0, metavar="S", help="for them; two at least")
     add("--prompt-tokens", type=numbers, metavar="A,B", help="of ttft; default 16,512,4096")
@@ -71,6 +71,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
+    """Of numbers with commas between."""
     return tuple(int(word) for word in _words(text))
 
 
@@ -84,9 +85,10 @@ def _check(arguments: argparse.Namespace) -> None:
     least = {"tokens": 2, "context": 0, "baseline_layers": 1, "prompt_tokens": 1}
     for name, lowest in least.items():
         value = getattr(arguments, name)
-        if value is not None and min(value if isinstance(value, tuple) else (value,)) < lowest:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {value}: expected at least {lowest}")
+        found = value if isinstance(value, tuple) else (value,)
+        if value is not None and min(found) < lowest:
+            flag = f"--{name.replace('_', '-')} {','.join(map(str, found))}"
+            raise UsageError(f"{flag}: expected at least {lowest}")
     if arguments.descends_cache < 1 and arguments.descends_cache != -1:
         raise UsageError(f"--descends-cache {arguments.descends_cache}: expected from 1, or -1")
     if not 0 < arguments.time_limit <= 3600:

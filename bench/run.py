@@ -87,8 +87,9 @@ class _Bench:
     def _feed(self, with_sweep: bool, with_ttft: bool) -> None:
         """All that needs a feeder and an engine: one of each for each kind of slots."""
         arguments, effort = self._arguments, self._effort
-        # Of one setting: its prompt and its tokens, with some to spare.
-        room = arguments.context and arguments.context + PROMPT_TOKENS[0] + effort.tokens + 8
+        # Of the longest context: its prompt and its tokens, with some to spare.
+        longest = max(arguments.context)
+        room = longest and longest + PROMPT_TOKENS[0] + effort.tokens + 8
         for kind in arguments.slots:
             settings = sweep_settings(
                 arguments.strategies, arguments.caches, (kind,), arguments.context, self._quick

@@ -43,7 +43,7 @@ def sweep_settings(
     strategies: Sequence[str],
     caches: Sequence[str] | None,
     slots: Sequence[str],
-    context: int,
+    contexts: Sequence[int],
     quick: bool,
 ) -> list[Setting]:
     """The sweep. Without ``caches`` the default ones: counts for all, sizes for those that prefetch."""
@@ -52,7 +52,9 @@ def sweep_settings(
     for kind in slots:
         for strategy in strategies:
             chosen = caches or (*counts, *(() if strategy == "on-demand" else sizes))
-            found += [Setting(strategy, cache, kind, context) for cache in chosen]
+            found += [
+                Setting(strategy, cache, kind, context) for context in contexts for cache in chosen
+            ]
     return found
 
 

@@ -16,6 +16,7 @@ from feeder.scheduler import Scheduler
 from feeder.simulation import (
     ENGINE_US,
     FORWARD_US,
+    TURN_US,
     Hardware,
     Simulation,
     Steady,
@@ -121,6 +122,7 @@ def hardware(around: Surroundings, staging_bytes: int, subject: Subject | None =
         prompt_s=prompt_us * 1e-6 * slower,
         staging_bytes=staging_bytes,
         dequantize=measured.dequantize,
+        turn_s=0.0 if around.mps or around.device != "cuda" else TURN_US * 1e-6,
     )
 
 

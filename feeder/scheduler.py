@@ -22,8 +22,10 @@ from feeder.strategies.base import Strategy
 from feeder.strategies.on_demand import OnDemand
 from feeder.target import NOTHING, Listed, Recent, Window
 
-#: Bytes of slots that may be on their way at once. Enough to keep the link busy across the feeder's
-#: own latency; little enough that a weight nobody foresaw does not wait behind a long queue.
+#: Bytes of slots that may be on their way over the link at once. Enough to keep it busy across the feeder's
+#: own latency; little enough that a weight nobody foresaw does not wait behind a long queue. A fill from a
+#: copy on the device takes a twentieth of the time: of those as many are begun as there are slots, since two
+#: processes take turns on the device, and each turn should be worth it.
 FILL_AHEAD_BYTES = 768 << 20
 FILL_AHEAD_COUNT = 8
 #: How far ahead of the slots is looked for what may be copied.
@@ -109,7 +111,8 @@ class Scheduler:
         self._position = 0
         self.copies, self.link_bytes = copies, link_bytes
         self._misses = self._misses_ahead = 0  # fills for this pass, and for the next
-        self._filling_bytes = self._filling_count = 0
+        self._filling_count = 0
+        self._crossing: dict[int, int] = {}  # fills on the link: bytes of the slot, by its id
         self._no_room = False  # a wish found no extent, and waits for others to move
         self._revoked_bytes = 0
         self._agenda = Agenda(self.slots)
@@ -165,10 +168,7 @@ class Scheduler:
         slot = self.slots.get(weight)
         if slot is not None and slot.state is State.IN_USE:
             return  # the grant is on its way: the two messages crossed
-        if slot is None:
-            self._follow()
-            if weight not in self._agenda.target.members:
-                self._move_to(self.plan.position(weight))
+        self._move_to(self.plan.position(weight))  # so that what comes before it makes room for it
         self._set_need(weight)
         self._tell("needed", weight)
 
@@ -185,14 +185,14 @@ class Scheduler:
         if given_back_unused:
             self._revoked_bytes -= slot.size_bytes
         else:
-            self._move_to(self.plan.after(slot.weight))
+            self._move_to(self.plan.after(slot.weight), ahead=True)
             self._tell("released", slot.weight)
 
     def filled(self, slot_id: int) -> None:
         """The fill of the slot is complete on the device."""
         slot = self.slots.by_id(slot_id)
         self.slots.apply(slot, Event.FILLED)
-        self._filling_bytes -= slot.size_bytes
+        self._crossing.pop(slot_id, None)
         self._filling_count -= 1
         self._agenda.touch(slot.weight)
         self._tell("filled", slot.weight)
@@ -349,11 +349,8 @@ class Scheduler:
         stuck: set[bool] = set()  # regions (of what stays, or not) where a wish waits for room
         while (key := agenda.next_missing(passed, stuck)) is not None:
             passed, weight = key, weight_of(key)
-            if weight != agenda.need and self._filling_count >= 2:
-                if self._filling_count >= FILL_AHEAD_COUNT:
-                    return
-                if self._filling_bytes >= FILL_AHEAD_BYTES:
-                    return
+            if weight != agenda.need and self._crosses(weight) and self._link_is_busy():
+                return
             offset = self._make_room(weight, commands)
             if offset is None:
                 self._no_room = True
@@ -365,9 +362,10 @@ class Scheduler:
             self.counters.fills += 1
             agenda.begun(weight)
             commands.append(Fill(slot.id, weight, offset))
-            self._count_miss(weight)
-            self._filling_bytes += slot.size_bytes
             self._filling_count += 1
+            if self._crosses(weight):
+                self._crossing[slot.id] = slot.size_bytes
+                self._count_miss(weight)
             if self._stale:  # the strategy was told what was evicted for it
                 self._follow()
                 passed = FIRST
@@ -466,8 +464,12 @@ class Scheduler:
 
     # Helpers -----------------------------------------------------------------------------------
 
-    def _move_to(self, position: int | None) -> None:
+    def _move_to(self, position: int | None, ahead: bool = False) -> None:
+        """``ahead``: not back, as a late release would lead."""
         if position is None:
+            return
+        behind = (self._position - position) % len(self.plan)
+        if ahead and 0 < 2 * behind < len(self.plan):
             return
         # Half a pass backwards, or more, is the next pass, not a late release.
         if 2 * (self._position - position) >= len(self.plan):
@@ -478,9 +480,17 @@ class Scheduler:
             self._position = position
             self._stale = True
 
+    def _crosses(self, weight: int) -> bool:
+        """Whether a fill of the weight, begun now, crosses the link."""
+        return self.link_bytes is None or self.link_bytes[weight] > 0
+
+    def _link_is_busy(self) -> bool:
+        crossing = self._crossing
+        if len(crossing) < 2:
+            return False
+        return len(crossing) >= FILL_AHEAD_COUNT or sum(crossing.values()) >= FILL_AHEAD_BYTES
+
     def _count_miss(self, weight: int) -> None:
-        if self.link_bytes is not None and not self.link_bytes[weight]:
-            return
         here = self.plan.position(weight)
         if here is not None and here < self._position:
             self._misses_ahead += 1

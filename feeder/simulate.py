@@ -29,6 +29,7 @@ from feeder.scheduler import Scheduler
 from feeder.simulation import (
     HANDOVER_US,
     STAGING_BYTES,
+    TURN_US,
     Hardware,
     Simulation,
     Traffic,
@@ -119,6 +120,7 @@ def simulate(arguments: argparse.Namespace) -> None:
         arguments.link * 1e9,
         arguments.device_bandwidth * 1e9,
         handover_s=arguments.handover_us * 1e-6,
+        turn_s=arguments.turn_us * 1e-6,
         staging_bytes=_staging(arguments.staging),
     )
     caches = [arguments.cache]
@@ -151,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> None:
         flag = f"--{name.replace('_', '-')} {value}"
         if name in ("link", "device_bandwidth") and not 0 < value < math.inf:
             raise UsageError(f"{flag}: expected above 0 GB/s, and finite")
-        host = name == "handover_us" or (name == "engine_us" and value is not None)
+        host = name in ("handover_us", "turn_us") or (name == "engine_us" and value is not None)
         if host and not 0 <= value < math.inf:
             raise UsageError(f"{flag}: expected at least 0, and finite")
     Cache.parse(arguments.cache)
@@ -219,6 +221,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--engine-us", type=float, help="host time a weight; default: by slots")
     parser.add_argument("--handover-us", type=float, default=HANDOVER_US, help="message latency")
+    parser.add_argument(
+        "--turn-us", type=float, default=TURN_US, help="from one process to the other"
+    )
     parser.add_argument(
         "--staging", default=f"{STAGING_BYTES}B", metavar="SIZE",
         help="packed bytes that may be copied before there is a slot; 0: none",

@@ -17,9 +17,8 @@ from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 #: What the filler copies at once, and dequantizes when it has arrived; larger weights go in pieces.
 PIECE_BYTES = packed_bytes(144 << 20)
 #: Host time of the engine for each weight in a dequantized slot: to launch its product and what lies
-#: around it, to take it and to return it. Fitted to an H100, where the 32B shape takes 79 to 84 ms a token
-#: if nothing crosses the link; 24 of them are the launches.
-ENGINE_US = 180.0
+#: around it, to take it and to return it; and where all of them stay. Fitted to an H100.
+ENGINE_US, STANDING_US = 80.0, 60.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
@@ -28,6 +27,8 @@ STEP_US = 60.0
 FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
 HANDOVER_US = 200.0
+#: From a kernel of one process to one of the other: without MPS they take turns on the device.
+TURN_US = 50.0
 #: What the filler copies ahead of the slots, packed.
 STAGING_BYTES = 256 << 20
 #: Of the bandwidth of a plain copy, what kernels reach. Measured on an H100, 27648 x 5120: the
@@ -43,10 +44,11 @@ STEADY_SHARE, MOST_PASSES = 0.002, 8
 
 def engine_us(packed: bool, everything: bool) -> float:
     """Host time of a CUDA engine for each weight, in slots that are ``packed`` or dequantized. With
-    ``everything`` there, packed, to stay, there is none: a token is one launch of a CUDA graph."""
-    if not packed:
-        return ENGINE_US
-    return 0.0 if everything else STEP_US
+    ``everything`` there to stay it is less, and packed there is none: a token is one launch of a CUDA
+    graph."""
+    if packed:
+        return 0.0 if everything else STEP_US
+    return STANDING_US if everything else ENGINE_US
 
 
 def forward_us(packed: bool) -> float:
@@ -58,7 +60,8 @@ def forward_us(packed: bool) -> float:
 class Hardware:
     """``link`` and ``device``: bytes a second; ``matmul``: floating-point operations a second.
 
-    ``engine_s``, of a token, ``prompt_s``, of a prompt, and ``handover_s``: for each weight.
+    ``engine_s``, of a token, ``prompt_s``, of a prompt, and ``handover_s``: for each weight. ``turn_s``: from
+    one process's kernel to the other's.
     ``staging_bytes``: packed bytes that may be copied before there is a slot for them. ``dequantize``:
     packed bytes a second where that is not a matter of device memory: on the CPU, which has a thread
     for fills; 0 elsewhere.
@@ -72,6 +75,7 @@ class Hardware:
     staging_bytes: int = STAGING_BYTES
     dequantize: float = 0.0
     prompt_s: float = FORWARD_US * 1e-6
+    turn_s: float = TURN_US * 1e-6
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Simulation:
         self._staged: dict[int, float] = {}  # copied ahead of its slot: when that is complete
         self._recalled: set[int] = set()  # slots to be given back when their weight has been used
         self._waiting = -1  # the weight that the engine cannot go on without
+        self._turn = ""  # whose kernel ran last
         self.copied: list[int] = []  # weights that have crossed the link
         self.device_s = 0.0
 
@@ -193,7 +198,7 @@ class Simulation:
             self._advance(self._events[0][0])
         grant, self._waiting = self._granted[weight], -1
         self._device_free = max(self._now, self._device_free)
-        self._compute(self._use_s(weight, tokens))
+        self._compute("engine", self._use_s(weight, tokens))
         if hardware.dequantize:  # on the CPU who launches also computes
             self._advance(self._device_free)
         if not grant.standing or grant.slot in self._recalled:
@@ -249,12 +254,12 @@ class Simulation:
             ready = self._filler_free
         elif copied > self._now:
             last_s = min(1.0, PIECE_BYTES / size) * moving_s
-            self._compute(moving_s - last_s)
-            ready = max(copied, self._device_free) + last_s
+            self._compute("feeder", moving_s - last_s)
+            ready = max(copied, self._device_free) + self._take_turn("feeder") + last_s
             self.device_s += last_s
         else:
             self._device_free = max(self._now, self._device_free)
-            self._compute(moving_s)
+            self._compute("feeder", moving_s)
             ready = self._device_free
         self._at(ready + hardware.handover_s, "filled", slot, 0)
 
@@ -296,9 +301,17 @@ class Simulation:
 
     # The clock ---------------------------------------------------------------------------------
 
-    def _compute(self, seconds: float) -> None:
-        self._device_free += seconds
+    def _compute(self, who: str, seconds: float) -> None:
+        if seconds:
+            self._device_free += self._take_turn(who) + seconds
         self.device_s += seconds
+
+    def _take_turn(self, who: str) -> float:
+        """How long the device takes to change over to a process."""
+        if who == self._turn:
+            return 0.0
+        self._turn = who
+        return self._hardware.turn_s
 
     def _at(self, when: float, what: str, first: int, second: int) -> None:
         self._sequence += 1

@@ -46,7 +46,7 @@ def test_the_baseline_dequantizes_to_the_bit(shape: tuple[int, int], dtype: torc
 
 
 def test_the_default_sweep_is_what_was_asked_for() -> None:
-    found = sweep_settings(("on-demand", "ring", "resident"), None, ("dequantized",), 0, False)
+    found = sweep_settings(("on-demand", "ring", "resident"), None, ("dequantized",), (0,), False)
     assert len(found) == len(set(found)) == 3 * 10 + 2 * 8
     caches = {setting.cache for setting in found if setting.strategy == "on-demand"}
     assert caches == {"1", "2", "4", "8", "16", "32", "64", "128", "256", "-1"}

@@ -74,7 +74,7 @@ def test_a_streamed_model_in_words() -> None:
         "ring, 201 MB of slots: 0 weights resident (0 B packed), 20 weights streamed"
         " (173 MB a token)"
     )
-    # 20 x 8.65 MB at 10 GB/s are 17.3 ms, at which the host needs 6.4.
+    # 20 x 8.65 MB at 10 GB/s are 17.3 ms, at which the host needs 2.8.
     assert lines[2].startswith("about 57.8 tok/s (17.3 ms a token), first token of 16 / 512 / 4096")
     assert " s (the first prompt 0.4 s more); the limit is " in lines[2]
     assert lines[2].endswith("; the limit is the link (100 % busy)")
@@ -95,8 +95,8 @@ def test_a_resident_model_in_words() -> None:
     lines = plan_text.lines(*told(subject(20), "resident", mps))
     assert lines[0].endswith(", MPS on")
     assert "20 weights resident (173 MB packed), 0 weights streamed (0 B a token)" in lines[1]
-    assert lines[2].startswith("about 275 tok/s (3.6")
-    assert lines[2].endswith("; the limit is host time of the engine (99 % busy)")
+    assert lines[2].startswith("about 609 tok/s (1.6")
+    assert lines[2].endswith("; the limit is host time of the engine (97 % busy)")
 
 
 def test_part_of_a_model_stays() -> None:

@@ -424,7 +424,7 @@ NONSENSE: dict[str, tuple[Callable[[Custom], Any], str]] = {
 
 def run_on(pipeline: Pipeline, reason: str) -> None:
     """The strategy has failed, which was said in one line, and nobody else notices."""
-    pipeline.use(12)
+    pipeline.use(24)
     (line,) = pipeline.fallbacks
     assert line.startswith(f"strategy custom failed ({reason}"), line
     assert line.endswith("); going on with on-demand")

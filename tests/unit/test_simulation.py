@@ -7,11 +7,14 @@ from collections.abc import Collection
 import pytest
 
 from common.blocks import packed_bytes
+from common.config import Cache
 from common.plan import Capacity, Plan
 from feeder import filler
 from feeder import simulation as simulated
+from feeder.arena import aligned
+from feeder.budget import Request
 from feeder.scheduler import Scheduler
-from feeder.simulate import load_shape
+from feeder.simulate import load_shape, predict
 from feeder.simulation import (
     DEQUANTIZE_SHARE,
     FUSED_SHARE,
@@ -50,8 +53,11 @@ def hardware(
     handover_s: float = 0.0,
     matmul: float = float("inf"),
     staging_bytes: int = 0,
+    turn_s: float = 0.0,
 ) -> Hardware:
-    return Hardware(link, device, engine_s, handover_s, matmul, staging_bytes, prompt_s=engine_s)
+    return Hardware(
+        link, device, engine_s, handover_s, matmul, staging_bytes, prompt_s=engine_s, turn_s=turn_s
+    )
 
 
 def test_the_simulated_filler_is_the_real_one() -> None:
@@ -101,6 +107,30 @@ def test_dequantizing_takes_the_device_too() -> None:
     using = COUNT * SLOT / 1e10 / PRODUCT_SHARE
     assert found.device_s == pytest.approx(dequantizing + using, rel=0.05)
     assert found.seconds >= using
+
+
+def test_two_processes_take_turns_on_the_device() -> None:
+    """With one slot each fill waits for the use before it, and each use for its fill."""
+    found = simulation(1, hardware(device=1e9, turn_s=1e-3)).steady().seconds
+    assert found - simulation(1, hardware(device=1e9)).steady().seconds == pytest.approx(
+        COUNT * 2e-3, rel=0.01
+    )
+    alone = simulation(COUNT, hardware(device=1e9, turn_s=1e-3)).steady().seconds
+    assert alone == pytest.approx(simulation(COUNT, hardware(device=1e9)).steady().seconds)
+
+
+@pytest.mark.parametrize("cache", ["6GiB", "8GiB", "10GiB"])
+def test_an_engine_that_is_ahead_makes_nothing_cross_the_link_twice(cache: str) -> None:
+    """A needed weight finds room behind the engine, and not by taking lm_head's slot."""
+    names, elements = load_shape("qwen2.5-32b")
+    sizes = [aligned(2 * count) for count in elements]
+    request = Request(Plan(tuple(range(len(names)))), sizes, names, Cache.parse(cache))
+    slow, fast = (
+        predict(request, elements, "resident", Hardware(55e9, 3e12), host_us=us)
+        for us in (180.0, 50.0)
+    )
+    assert fast.streamed_bytes == slow.streamed_bytes
+    assert fast.ms == pytest.approx(slow.ms, rel=0.01)
 
 
 def test_the_cpu_dequantizes_on_a_thread_or_at_every_use() -> None:

@@ -69,6 +69,20 @@ def test_what_is_wanted_and_has_no_slot_comes_first() -> None:
     assert scheduler.upcoming(PLENTY, [1] * 20)[0] == 17
 
 
+def test_only_fills_over_the_link_wait_for_each_other() -> None:
+    def begun(link_bytes: list[int]) -> list[int]:
+        capacity = Capacity(30, 30 * 512)
+        scheduler = Scheduler(
+            Plan(tuple(range(40))), [512] * 40, capacity, Ring(), link_bytes=link_bytes
+        )
+        return [command.weight for command in scheduler.step() if isinstance(command, Fill)]
+
+    most = len(begun([1] * 40))
+    assert begun([0] * 40) == list(range(30))
+    mixed = begun([1, 0] * 20)
+    assert mixed == list(range(len(mixed))) and len(mixed) == 2 * most < 30
+
+
 def test_nothing_is_foreseen_on_demand_but_needs() -> None:
     pipeline = ready(OnDemand(), 6, 3)
     scheduler = pipeline.scheduler
