@@ -156,7 +156,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["swep"], "invalid choice: 'swep'"),
     (["sweep", "--caches=0"], "cache '0' holds no weight"),
     (["sweep", "--tokens=1"], "--tokens 1: expected at least 2"),
-    (["ttft", "--prompt-tokens=16,0"], "--prompt-tokens (16, 0): expected at least 1"),
+    (["ttft", "--prompt-tokens=16,0"], "--prompt-tokens 16,0: expected at least 1"),
     (["ttft", "--prompt-tokens=x"], "argument --prompt-tokens: invalid"),
     (["sweep", "--slots=round"], "slots 'round' are not known"),
     (["sweep", "--time-limit=0"], "--time-limit 0.0: expected above 0"),
