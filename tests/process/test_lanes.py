@@ -38,8 +38,8 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 #: How many tokens there are before, and passes: how wide, and how many of their tokens are kept.
 #: Attention takes tiles of 64 tokens.
-PAST = {"packed": 63, "mixed": 126}
-PASSES = {"packed": ((2, 1), (2, 2)), "mixed": ((3, 3),)}
+PAST = {"packed": 63, "mixed": 127}
+PASSES = {"packed": ((3, 1), (1, 1)), "mixed": ((2, 2),)}
 
 
 def test_to_the_last_bit(room: Room, tmp_path: Path) -> None:

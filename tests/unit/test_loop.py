@@ -15,7 +15,7 @@ from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.text import TokenIds
 from tests.checkpoints import make_checkpoint
-from tests.speculating import Watched
+from tests.speculating import Watched, lookup
 
 PROMPT = [5, 17, 300, 2]
 TOKENS = 24
@@ -158,6 +158,32 @@ def test_candidates_take_the_step_if_it_takes_so_many(model: Qwen2ForCausalLM, m
     assert step.lengths == lengths
     assert wide > 3 and watched.figures()["accepted"] > 0
     assert step.resting
+
+
+def test_a_pass_over_candidates_is_made_again_when_memory_was_short(
+    model: Qwen2ForCausalLM,
+) -> None:
+    """And before that the step gives back what it holds."""
+    failures = 0
+
+    class Short(Eager):
+        def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+            nonlocal failures
+            if not self.resting:
+                failures += 1
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
+            return super().several(tokens, cache)
+
+    def survive(call: Callable[[], Any], _: Any) -> Any:
+        with suppress(torch.OutOfMemoryError):
+            return call()
+        return call()
+
+    loop = Loop(Short(model, never()), survive, lookup("lookup:7"))  # type: ignore[arg-type]
+    options = {"do_sample": False, "max_new_tokens": 40, "repetition_penalty": 0.5}
+    prompt = PROMPT * 3
+    assert generate(model, loop, prompt, **options) == expected(model, prompt, **options)
+    assert failures > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
