@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from common.config import MOST_CANDIDATES
 from engine.cache import PastLayer, head_dim, past
 
-MOST_LANES = 16  # tokens of one pass
+MOST_LANES = 1 + MOST_CANDIDATES  # tokens of one pass
 TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
 
 
