@@ -42,7 +42,9 @@ def parser() -> Parser:
     add("--strategies", type=_words, default=STRATEGIES, metavar="A,B", help="of the sweep, ttft")
     add("--caches", type=_words, metavar="A,B", help="of the sweep, ttft; write --caches=-1,8")
     add("--slots", type=_words, default=(DEQUANTIZED,), metavar="A,B", help=", ".join(SLOTS))
-    add("--context", type=numbers, default=(0,), metavar="A,B", help="tokens in the KV cache before")
+    add(
+        "--context", type=numbers, default=(0,), metavar="A,B", help="tokens in the KV cache before"
+    )
     add("--tokens", type=int, metavar="N", help="timed for each setting; default 10, quick 3")
     add("--time-limit", type=float, default=20.0, metavar="S", help="for them; two at least")
     add("--prompt-tokens", type=numbers, metavar="A,B", help="of ttft; default 16,512,4096")

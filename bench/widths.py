@@ -1,7 +1,8 @@
 """What a pass over several tokens costs against a pass of one: ``python -m bench.widths``.
 
-The passes of an engine that decodes: one token takes the step, if there is one, more take the model's
-forward, over the same past. Widths take turns, so that none has the link to itself. docs/speculation.md.
+The passes of an engine that decodes: they take the step, if there is one that takes so many tokens, else the
+model's forward, over the same past. Widths take turns, so that none has the link to itself.
+docs/speculation.md.
 """
 
 from __future__ import annotations
@@ -45,15 +46,18 @@ def measure(fed: Fed, past_tokens: int, rounds: int) -> dict[int, list[float]]:
             for width in WIDTHS:
                 start = time.perf_counter()
                 tokens = ids[:, past_tokens : past_tokens + width]
-                if width == 1 and fed.step is not None and fed.step.useful:
-                    logits = fed.step(tokens, cache)
+                step = fed.step
+                if step is None or not step.useful or width > step.most:
+                    logits = model(input_ids=tokens, logits_to_keep=width, **named).logits[0]
+                elif width == 1:
+                    logits = step(tokens, cache)
                 else:
-                    logits = model(input_ids=tokens, logits_to_keep=width, **named).logits
+                    logits = torch.cat(step.several(tokens, cache))
                 logits.argmax(-1).tolist()  # waits
                 if turn >= WARM_UP:
                     found[width].append(1000 * (time.perf_counter() - start))
-                if fed.step is not None:
-                    fed.step.rest()
+                if step is not None:
+                    step.rest()
                 for layer in past(cache):
                     layer.set_length(past_tokens)
     return found

@@ -242,7 +242,7 @@ def _add_model(parser: argparse._ActionsContainer) -> list[argparse.Action]:
             "--speculate", default="auto", metavar="auto|off|lookup[:K]|DIR[:K]",
             help="check up to K tokens in one pass that the text so far suggests, or the small model"
             " in DIR (for an engine alone: draft[:K]); auto (the default): lookup while weights are"
-            " streamed, on a GPU for what is sampled without a seed",
+            " streamed",
         ),
         parser.add_argument(
             "--debugpy", type=int, metavar="PORT", help="wait for an editor's debugger on that port"

@@ -5,14 +5,18 @@ than the device needs to do it. So every run of them is captured, once, as a sma
 called one by one, since each weight lies elsewhere the next time, and so is attention, whose past grows.
 All are the very calls, on operands of the same shapes, that the layers would make, so logits are
 transformers' own to the last bit. On the CPU the same runs without graphs.
+
+Several tokens that follow one another go side by side, each in a lane of its own, by the very calls that
+they would get one after the other, so that a weight is acquired once for all of them. Their small
+operations are not captured: graphs write to fixed memory, and there would be hundreds for each lane.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,11 +25,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.families import FAMILIES
 from common.formats import PACKED
-from engine.cache import PastLayer, past, short_window
+from engine.cache import PastLayer, short_window
 from engine.client import WeightClient
+from engine.lane import room_for
+from engine.ledger import Lease
 from engine.linear import FedLinear
 
 Memory = tuple[torch.Tensor, torch.Tensor]
+Run = Callable[["_Lane"], torch.Tensor]
 
 
 def unfit(model: Any) -> str:
@@ -48,22 +55,15 @@ class DenseStep:
         layers = model.model.layers
         family = sys.modules[type(layers[0].self_attn).__module__]
         self._rotate: Callable[..., Any] = family.apply_rotary_pos_emb
-        self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._angles: tuple[torch.Tensor, ...] = ()  # cosines and sines of the position
-        # Where products go, of every layer alike: each is read before the next layer's is made.
-        self._hidden = self._row(model.config.hidden_size)
-        self._outs = {
-            name: self._row(linear.out_features) for name, linear in _linears(layers[0]).items()
-        }
-        self._flat = {name: row.view(1, -1) for name, row in self._outs.items()}
+        self._lanes = [_Lane(model)]  # the first is the graphs'
         norms = [layer.input_layernorm for layer in layers] + [model.model.norm]
-        self._begin = self._piece(lambda: norms[0](self._hidden).view(1, -1))
-        self._gate = self._piece(lambda: self._gated(layers[0].mlp.act_fn))
+        self._begin = self._piece(lambda lane: norms[0](lane.hidden).view(1, -1))
+        self._gate = self._piece(_gated(layers[0].mlp.act_fn))
         self._layers = [
             _Layer(
                 layer,
-                self._piece(self._adding("o", layer.post_attention_layernorm)),
-                self._piece(self._adding("down", after)),
+                self._piece(_adding("o", layer.post_attention_layernorm)),
+                self._piece(_adding("down", after)),
             )
             for layer, after in zip(layers, norms[1:], strict=True)
         ]
@@ -73,111 +73,183 @@ class DenseStep:
         """Whether all slots are dequantized now. Products of packed ones are better made together."""
         return not self._client.packed
 
-    @torch.no_grad()
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The logits [1, vocabulary] of the token that follows ``token`` [1, 1], whose keys and values
         are added to ``cache``, which is to have room for them."""
-        length, kept = cache.get_seq_length(), past(cache)
-        if length + 1 > kept[0].capacity:
-            raise ValueError(f"the cache holds {kept[0].capacity} tokens, and all are there")
-        self._prepare(token, length)
-        x = self._begin()
+        return self.several(token, cache)[0]
+
+    @torch.no_grad()
+    def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+        """The logits after each of ``tokens``, [1, up to MOST_LANES], which follow one another: what as many
+        calls would give, to the bit, and what they would leave in ``cache``."""
+        count = tokens.shape[1]
+        length, kept = room_for(count, cache)
+        while len(self._lanes) < count:
+            self._lanes.append(_Lane(self._model))
+        lanes = self._lanes[:count]
+        for place, lane in enumerate(lanes):
+            lane.begin(self._model.model, tokens[:, place : place + 1], length + place)
+        xs = self._each(self._begin, lanes)
         for layer, memory in zip(self._layers, kept, strict=True):
-            x = self._run(layer, memory, x, length)
-        logits: torch.Tensor = self._model.lm_head(x.view(1, 1, -1))
+            xs = self._run(layer, memory, lanes, xs, length)
+        logits = self._logits([x.view(1, 1, -1) for x in xs])
         for memory in kept:
-            memory.set_length(length + 1)
-        return logits[:, -1]
+            memory.set_length(length + count)
+        return logits
 
-    def _prepare(self, token: torch.Tensor, length: int) -> None:
-        """What all layers read: the token's embedding, its position, and the angles of that."""
-        model = self._model.model
-        self._hidden.copy_(model.embed_tokens(token))
-        self._position.fill_(length)
-        angles = model.rotary_emb(self._hidden, self._position[None])
-        if not self._angles:
-            self._angles = tuple(map(torch.empty_like, angles))
-        for mine, new in zip(self._angles, angles, strict=True):
-            mine.copy_(new)
+    def _logits(self, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        head = self._model.lm_head
+        if not isinstance(head, FedLinear):
+            return [head(x)[:, -1] for x in xs]
+        with self._leased(head) as lease:
+            return [head.multiply(x, lease)[:, -1] for x in xs]
 
-    def _run(self, layer: _Layer, kept: PastLayer, x: torch.Tensor, length: int) -> torch.Tensor:
-        assert kept.memory is not None
+    def _run(
+        self,
+        layer: _Layer,
+        kept: PastLayer,
+        lanes: list[_Lane],
+        xs: list[torch.Tensor],
+        length: int,
+    ) -> list[torch.Tensor]:
         for name in ("q", "k", "v"):
-            self._product(layer, name, x)
-        if layer.keys() is not kept.memory[0]:  # the cache is another, or has grown
-            memory = kept.memory
-            layer.keys = weakref.ref(memory[0])
-            layer.place = self._piece(lambda: self._placed(layer, memory))
-        query = layer.place()
-        keys, values = (part[:, :, : length + 1] for part in kept.memory)
-        module = layer.attention
+            self._product(layer, name, lanes, xs)
+        found = [
+            self._attend(layer, kept, lane, length + place, len(lanes) == 1)
+            for place, lane in enumerate(lanes)
+        ]
+        self._product(layer, "o", lanes, found)
+        xs = self._each(layer.middle, lanes)
+        self._product(layer, "gate", lanes, xs)
+        self._product(layer, "up", lanes, xs)
+        self._product(layer, "down", lanes, self._each(self._gate, lanes))
+        return self._each(layer.end, lanes)
+
+    def _attend(
+        self, layer: _Layer, kept: PastLayer, lane: _Lane, position: int, alone: bool
+    ) -> torch.Tensor:
+        module, memory = layer.attention, kept.memory
+        assert memory is not None
+        if not alone:
+            query = self._placed(lane, module, memory)
+        else:
+            if layer.keys() is not memory[0]:  # the cache is another, or has grown
+                layer.keys = weakref.ref(memory[0])
+                layer.place = self._piece(self._placing(module, kept))
+            query = layer.place(lane)
+        keys, values = (part[:, :, : position + 1] for part in memory)
         found, _ = self._attention(
             module, query, keys, values, None, dropout=0.0, scaling=module.scaling
         )
-        self._product(layer, "o", found.reshape(1, -1))
-        x = layer.middle()
-        self._product(layer, "gate", x)
-        self._product(layer, "up", x)
-        self._product(layer, "down", self._gate())
-        return layer.end()
+        return found.reshape(1, -1)
 
-    def _product(self, layer: _Layer, name: str, x: torch.Tensor) -> None:
+    def _product(
+        self, layer: _Layer, name: str, lanes: list[_Lane], xs: list[torch.Tensor]
+    ) -> None:
         """What nn.Linear computes, into memory of its own, so that graphs find it there."""
-        linear, out = layer.linears[name], self._flat[name]
-        lease = self._client.acquire(linear.weight_index)
-        try:
+        linear = layer.linears[name]
+        with self._leased(linear) as lease:
             if lease.grant.format == PACKED:  # the slots have just been swapped
-                out.copy_(linear.multiply(x, lease))
+                for lane, x in zip(lanes, xs, strict=True):
+                    lane.flat[name].copy_(linear.multiply(x, lease))
                 return
             weight = lease.weight(self._dtype, layer.shapes[name]).t()
-            if linear.bias is None:
-                torch.mm(x, weight, out=out)
-            else:
-                torch.addmm(linear.bias, x, weight, out=out)
+            for lane, x in zip(lanes, xs, strict=True):
+                if linear.bias is None:
+                    torch.mm(x, weight, out=lane.flat[name])
+                else:
+                    torch.addmm(linear.bias, x, weight, out=lane.flat[name])
+
+    @contextmanager
+    def _leased(self, linear: FedLinear) -> Iterator[Lease]:
+        lease = self._client.acquire(linear.weight_index)
+        try:
+            yield lease
         finally:
             self._client.release(lease)
 
     # Pieces: what is captured. They read and write memory that stays where it is. -----------------
 
-    def _placed(self, layer: _Layer, memory: Memory) -> torch.Tensor:
+    def _placed(self, lane: _Lane, attention: Any, memory: Memory) -> torch.Tensor:
         """Turn q and k by the position's angles, after their norms if there are any; k and v go where the
         past is kept. q is the result."""
-        attention = layer.attention
-        q, k, v = (self._outs[name].view(1, 1, -1, attention.head_dim) for name in ("q", "k", "v"))
+        q, k, v = (lane.outs[name].view(1, 1, -1, attention.head_dim) for name in ("q", "k", "v"))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        q, k = self._rotate(q, k, *self._angles)
+        q, k = self._rotate(q, k, *lane.angles)
         for part, states in zip(memory, (k, v), strict=True):
-            part.index_copy_(2, self._position, states)
+            part.index_copy_(2, lane.position, states)
         turned: torch.Tensor = q
         return turned
 
-    def _adding(self, name: str, norm: Any) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            torch.add(self._hidden, self._outs[name], out=self._hidden)
-            normed: torch.Tensor = norm(self._hidden).view(1, -1)
-            return normed
+    def _placing(self, attention: Any, kept: PastLayer) -> Run:
+        weak = weakref.ref(kept)  # not to keep a cache that has gone
+
+        def run(lane: _Lane) -> torch.Tensor:
+            kept = weak()
+            assert kept is not None and kept.memory is not None
+            return self._placed(lane, attention, kept.memory)
 
         return run
 
-    def _gated(self, activation: Any) -> torch.Tensor:
-        gated: torch.Tensor = activation(self._outs["gate"]) * self._outs["up"]
-        return gated.view(1, -1)
-
-    def _piece(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def _piece(self, run: Run) -> Run:
         return run if self._graphs is None else _Piece(run, self._graphs)
 
-    def _row(self, count: int) -> torch.Tensor:
-        return torch.zeros((1, 1, count), dtype=self._dtype, device=self._model.device)
+    def _each(self, piece: Run, lanes: list[_Lane]) -> list[torch.Tensor]:
+        """What it gives for each lane: for one alone by its graph, if it has one."""
+        if len(lanes) > 1 and isinstance(piece, _Piece):
+            piece = piece.run
+        return [piece(lane) for lane in lanes]
+
+
+def _adding(name: str, norm: Any) -> Run:
+    def run(lane: _Lane) -> torch.Tensor:
+        torch.add(lane.hidden, lane.outs[name], out=lane.hidden)
+        normed: torch.Tensor = norm(lane.hidden).view(1, -1)
+        return normed
+
+    return run
+
+
+def _gated(activation: Any) -> Run:
+    def run(lane: _Lane) -> torch.Tensor:
+        gated: torch.Tensor = activation(lane.outs["gate"]) * lane.outs["up"]
+        return gated.view(1, -1)
+
+    return run
+
+
+class _Lane:
+    """What one token of a pass owns. Where products go is of every layer alike: each is read before the next
+    layer's is made."""
+
+    def __init__(self, model: Any) -> None:
+        def row(count: int) -> torch.Tensor:
+            return torch.zeros((1, 1, count), dtype=model.dtype, device=model.device)
+
+        self.position = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.angles: tuple[torch.Tensor, ...] = ()  # cosines and sines of the position
+        self.hidden = row(model.config.hidden_size)
+        linears = _linears(model.model.layers[0])
+        self.outs = {name: row(linear.out_features) for name, linear in linears.items()}
+        self.flat = {name: out.view(1, -1) for name, out in self.outs.items()}
+
+    def begin(self, model: Any, token: torch.Tensor, position: int) -> None:
+        """What all layers read: the token's embedding, its position, and the angles of that."""
+        self.hidden.copy_(model.embed_tokens(token))
+        self.position.fill_(position)
+        angles = model.rotary_emb(self.hidden, self.position[None])
+        if not self.angles:
+            self.angles = tuple(map(torch.empty_like, angles))
+        for mine, new in zip(self.angles, angles, strict=True):
+            mine.copy_(new)
 
 
 class _Layer:
     """A layer's products by name, and its pieces."""
 
-    def __init__(
-        self, layer: Any, middle: Callable[[], torch.Tensor], end: Callable[[], torch.Tensor]
-    ) -> None:
+    def __init__(self, layer: Any, middle: Run, end: Run) -> None:
         self.attention, self.middle, self.end = layer.self_attn, middle, end
         self.linears = _linears(layer)
         self.shapes = {
@@ -185,7 +257,7 @@ class _Layer:
         }
         #: Of the memory that ``place`` writes to. Not to keep a cache that has gone.
         self.keys: Callable[[], torch.Tensor | None] = lambda: None
-        self.place: Callable[[], torch.Tensor]
+        self.place: Run
 
 
 def _linears(layer: Any) -> dict[str, FedLinear]:
@@ -211,23 +283,24 @@ class _Piece:
     since a kernel cannot be loaded while a graph is captured; from the second on the result is always
     the same tensor."""
 
-    def __init__(self, run: Callable[[], torch.Tensor], graphs: _Graphs) -> None:
-        self._run, self._graphs = run, graphs
+    def __init__(self, run: Run, graphs: _Graphs) -> None:
+        self.run, self._graphs = run, graphs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: torch.Tensor | None = None
         self._loaded = False
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self, lane: _Lane) -> torch.Tensor:
+        """Of the one lane that has graphs."""
         if not self._loaded:
             self._loaded = True
-            return self._run()
+            return self.run(lane)
         if self._graph is None:
-            self._graph = self._capture()
+            self._graph = self._capture(lane)
         self._graph.replay()
         assert self._result is not None
         return self._result
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, lane: _Lane) -> torch.cuda.CUDAGraph:
         """As torch.cuda.graph does, but for collecting garbage and emptying caches: there are hundreds."""
         graph, graphs = torch.cuda.CUDAGraph(), self._graphs
         current = torch.cuda.current_stream()
@@ -236,12 +309,11 @@ class _Piece:
             # The keeper of the client may ask after events meanwhile: that is no part of this.
             graph.capture_begin(pool=graphs.pool, capture_error_mode="thread_local")
             try:
-                self._result = self._run()
+                self._result = self.run(lane)
             except BaseException:  # memory that runs out is dealt with by others, who call again
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise
             graph.capture_end()
-        del self._run  # and what it refers to
         current.wait_stream(graphs.stream)
         return graph

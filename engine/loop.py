@@ -4,10 +4,11 @@ Handed to ``generate`` as its ``custom_generate``, which prepares logits process
 from the generation config. While the whole token is one CUDA graph the next one is launched before this
 one has been read, so that the GPU does not wait for the host; when the text ends there, that launch was
 for nothing. With streamed weights, where a token costs a pass over the link, nothing is launched in vain;
-there a pass takes candidates for the tokens that follow along, if there are any. What their logits choose
-is chosen in the same way, one after the other: a candidate that is not what is chosen, and all after it,
-were for nothing. So the text does not depend on candidates; where a draft model drew them, and no seed
-promises more, its distribution does not. docs/speculation.md has the argument.
+there a pass takes candidates for the tokens that follow along, if there are any, by the step, if there is
+one, whose logits are those of single tokens to the bit. What they choose is chosen in the same way, one
+after the other: a candidate that is not what is chosen, and all after it, were for nothing. So the text
+does not depend on candidates; where a draft model drew them, and no seed promises more, its distribution
+does not. docs/speculation.md has the argument.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ Survive = Callable[[Callable[[], Any], DynamicCache], Any]
 
 
 class Loop:
-    """``step``: takes single tokens, if the model can be stepped through. ``survive``: makes a call,
-    again if memory ran out in it and could be had. ``speculation``: proposes candidates, if any are
+    """``step``: takes the tokens after the prompt, if the model can be stepped through. ``survive``: makes a
+    call, again if memory ran out in it and could be had. ``speculation``: proposes candidates, if any are
     wanted. ``draft``: whom it may ask for them."""
 
     def __init__(
@@ -157,24 +158,19 @@ class Loop:
     ) -> _Unread:
         """One pass over the newest token and the candidates. Emits those that are what is chosen; the
         choice that follows them, or ends the text, is left to be read."""
-        if self._step is not None:
-            self._step.rest()  # who holds leases must not wait for others
         length = cache.get_seq_length()
-        self._survive(lambda: reserve(cache, length + 1 + len(candidates)), cache)
         ids = torch.cat([state.last, state.ids.new_tensor([candidates])], dim=1)
-        output = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=ids.shape[1]
-        )
+        logits = self._several(model, ids, cache)
         for count, candidate in enumerate(candidates):
             proposed = ids[:, count + 1 : count + 2], chances[count]
-            unread = self._choose(state, output.logits[:, count], cache, *proposed)
+            unread = self._choose(state, logits[count], cache, *proposed)
             token, ended = unread.read()
             if ended or int(token) != candidate:
                 break
             self._emit(unread, put, state)
         else:
             count = len(candidates)
-            unread = self._choose(state, output.logits[:, count], cache)
+            unread = self._choose(state, logits[count], cache)
         for layer in past(cache):
             layer.set_length(length + 1 + count)
         return unread
@@ -212,19 +208,36 @@ class Loop:
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        if self._step is not None and not self._step.useful:
-            self._step.rest()
-        if self._step is None or not self._step.useful:
-            output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return output.logits[:, -1]
-        step, length = self._step, cache.get_seq_length()
+        step = self._step
+        if step is not None and step.useful:
+            return self._stepped(lambda: step(token, cache), 1, cache)
+        if step is not None:
+            step.rest()
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
 
-        def take() -> torch.Tensor:
-            reserve(cache, length + 1)
-            return step(token, cache)
+    def _several(
+        self, model: Any, ids: torch.Tensor, cache: DynamicCache
+    ) -> Sequence[torch.Tensor]:
+        """The logits, [1, vocabulary], after each of ``ids``."""
+        step, count = self._step, ids.shape[1]
+        if step is not None and count <= step.most:
+            return self._stepped(lambda: step.several(ids, cache), count, cache)
+        if step is not None:
+            step.rest()  # who holds leases must not wait for others
+        self._survive(lambda: reserve(cache, cache.get_seq_length() + count), cache)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=count)
+        return output.logits.unbind(1)
 
-        logits: torch.Tensor = self._restfully(take, cache)
-        return logits
+    def _stepped(self, call: Callable[[], Any], count: int, cache: DynamicCache) -> Any:
+        """Make a call of the step that takes ``count`` tokens."""
+        length = cache.get_seq_length()
+
+        def take() -> Any:
+            reserve(cache, length + count)
+            return call()
+
+        return self._restfully(take, cache)
 
 
 class _State:

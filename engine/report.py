@@ -136,9 +136,9 @@ def candidates_said(figures: dict[str, Any]) -> str:
     if asked == "off":
         return ""
     if not figures["candidates"]:
-        if asked != "auto":
-            return f"{asked}: no candidates were checked"
-        return f"lookup is off: {figures['speculation_off']}" if figures["speculation_off"] else ""
+        if figures["speculation_off"]:
+            return f"{'lookup' if asked == 'auto' else asked} is off: {figures['speculation_off']}"
+        return "" if asked == "auto" else f"{asked}: no candidates were checked"
     drafted = figures["drafted_passes"]
     looked_up = figures["wide_passes"] - drafted
     sources = " and ".join(["draft"] * bool(drafted) + ["lookup"] * bool(looked_up))

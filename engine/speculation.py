@@ -47,12 +47,15 @@ class Speculation:
         streams: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
         rounds: bool = False,
+        stepped: Callable[[], bool] = lambda: False,
     ) -> None:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
-        ``clock``: seconds, for the cost of passes. ``rounds``: whether a pass over several tokens rounds
-        otherwise than passes over one; then ``auto`` leaves texts alone that are to be the same again."""
+        ``clock``: seconds, for the cost of passes. ``rounds``: whether the model's own pass over several
+        tokens rounds otherwise than passes over one; where it is made, ``auto`` leaves texts alone that are
+        to be the same again. ``stepped``: whether a step takes its place now, which does for each token what
+        it does for one alone: exactly the same, and nothing is saved by it but the link."""
         self._asked, self._streams, self._clock = asked, streams, clock
-        self._rounds, self._repeatable = rounds, False
+        self._rounds, self._stepped, self._repeatable = rounds, stepped, False
         self._costs = Costs()
         self._looked_up = _Guess(Pace(self._costs))
         self._drafted = _Guess(Pace(self._costs, drafts=True))
@@ -76,12 +79,11 @@ class Speculation:
 
     @property
     def off(self) -> str:
-        """Why ``auto`` proposes nothing now, "" if it may."""
-        if self._asked.mode != "auto":
-            return ""
-        if not self._streams():
+        """Why nothing is proposed now, "" if it may be."""
+        auto, stepped = self._asked.mode == "auto", self._stepped()
+        if (auto or stepped) and not self._streams():
             return "all weights stay"
-        if self._rounds and self._repeatable:
+        if auto and self._repeatable and self._rounds and not stepped:
             return "rounding could change this text (ask with --speculate lookup)"
         return ""
 

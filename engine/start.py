@@ -221,14 +221,15 @@ def _speculation(
         asked.mode == "auto" and getattr(arguments, "profile", None) is not None
     ):
         return None
-    # On a GPU a pass over several tokens rounds otherwise than passes over one do, and which tokens go
-    # together depends on the pace: by itself no text that can be had again may depend on that.
-    rounds, weights = device.type != "cpu", range(count)
+    weights = range(count)
 
     def streams() -> bool:
         return not (step is not None and step.graphed) and not client.stay(weights)
 
-    return Speculation(asked, streams, rounds=rounds)
+    def stepped() -> bool:
+        return step is not None and step.most > asked.most
+
+    return Speculation(asked, streams, rounds=device.type != "cpu", stepped=stepped)
 
 
 def _draft(

@@ -4,6 +4,11 @@ Replaces transformers' forward for decoding with packed weights on CUDA: the sam
 activations in fp32 between the products. Weights are acquired as everywhere; what is not granted together,
 or not packed, is multiplied one by one. While every weight stays (standing grants), the whole token is one
 CUDA graph: no message, no allocation, one launch. A revoked grant drops the graph.
+
+Several tokens that follow one another go side by side, each in a lane of its own: what a weight is needed
+for is done for all of them while it is here, by the launches that they would get one after the other. So
+their logits, keys and values are the same to the bit, the weights cross the link once, and what is paid
+for each token is a reading from device memory.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ from transformers import DynamicCache
 from common.families import FAMILIES
 from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
-from engine.cache import PastLayer, head_dim, past, short_window
+from engine.cache import PastLayer, head_dim, short_window
 from engine.client import WeightClient
+from engine.lane import MAX_CHUNKS, TILE_TOKENS, Lane, make_lane, room_for
 from engine.ledger import Lease
 from engine.linear import FedLinear
 from engine.one_token import (
@@ -35,10 +41,9 @@ from engine.one_token import (
     combine_kernel,
     glu_kernel,
 )
-from engine.w4a16 import Epilogue, Scratch, dependent_launch, multiply_one, ring_parts
+from engine.w4a16 import Epilogue, One, Scratch, dependent_launch, multiply_each, ring_parts
 
 BEGIN_SIZE = 64
-TILE_TOKENS, MAX_CHUNKS = 64, 64  # of attention: more CTAs than that are not needed
 
 
 @dataclass
@@ -105,23 +110,12 @@ class Step:
             self._linears.append(self._head)
         self._pdl = dependent_launch(device)
         self._scratch = Scratch(device)
-        hidden, inner = config.hidden_size, config.intermediate_size
-        width = self._heads * self._dim
-        self._hidden = torch.zeros(hidden, dtype=torch.float32, device=device)
-        self._qkv = self._vector((self._heads + 2 * self._kv) * self._dim)
-        self._pair = self._vector(2 * inner)
-        self._planes = torch.zeros((9, hidden // 8), dtype=torch.float32, device=device)
-        self._planes_out = torch.zeros((9, width // 8), dtype=torch.float32, device=device)
-        self._planes_inner = torch.zeros((9, inner // 8), dtype=torch.float32, device=device)
-        self._sums = self._vector(hidden // 8)
+        self._lanes = [make_lane(config, device)]  # the first is the graph's
         self._sum_count = 0
         padded = max(16, triton.next_power_of_2(self._heads // self._kv))
         self._padded = padded
         self._partial = self._vector(self._kv * MAX_CHUNKS * padded * self._dim)
         self._peaks = self._vector(2 * self._kv * padded * MAX_CHUNKS)
-        vocabulary = config.vocab_size
-        self._logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
-        self._position = torch.zeros(1, dtype=torch.int32, device=device)
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._held: dict[int, Lease] = {}
@@ -130,7 +124,7 @@ class Step:
             None  # of the cache it writes
         )
         self._graph_grants: list[tuple[int, int, int]] = []  # that it reads
-        self._tiles = 1  # of a chunk of the past
+        self._tiles = 1  # of the graph
         self._loaded = False  # whether every kernel of a held token has run once
         self._reserve()
 
@@ -148,29 +142,44 @@ class Step:
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """The logits, fp32 [1, vocabulary], of the token that follows ``token`` [1, 1], whose keys and
         values are added to ``cache``. The result is overwritten by the next call."""
-        length, layers = cache.get_seq_length(), past(cache)
-        if length + 1 > layers[0].capacity:
-            raise ValueError(f"the cache holds {layers[0].capacity} tokens, and all are there")
+        length, layers = room_for(1, cache)
         self._token.copy_(token)
-        self._position.fill_(length)
-        tiles = 1  # by the position alone: the order of attention's sums depends on it
-        while length >= TILE_TOKENS * tiles * MAX_CHUNKS:
-            tiles *= 2
-        if tiles != self._tiles:
-            self._tiles, self._graph, self._loaded = tiles, None, False
+        lane = self._lanes[0]
+        lane.begin(length)
+        if lane.tiles != self._tiles:
+            self._tiles, self._graph, self._loaded = lane.tiles, None, False
         self._prepare(layers)
         if not self._hold():
-            self._run(layers)
+            self._run([lane], self._token, layers)
         else:
             self._client.used(len(self._linears))
             if self._loaded:
                 self._replay(layers)
             else:  # a kernel cannot be compiled, nor loaded, while a graph is captured
-                self._run(layers)
+                self._run([lane], self._token, layers)
                 self._loaded = True
         for layer in layers:
             layer.set_length(length + 1)
-        return self._logits
+        return lane.logits
+
+    def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+        """The logits after each of ``tokens``, [1, up to MOST_LANES], which follow one another: what as many
+        calls would give, to the bit, and what they would leave in ``cache``. The result is overwritten by
+        the next call."""
+        count = tokens.shape[1]
+        length, layers = room_for(count, cache)
+        while len(self._lanes) < count:
+            self._lanes.append(make_lane(self._config, self._device))
+        lanes = self._lanes[:count]
+        for place, lane in enumerate(lanes):
+            lane.begin(length + place)
+        self._prepare(layers)
+        if self._hold():
+            self._client.used(len(self._linears))
+        self._run(lanes, tokens, layers)
+        for layer in layers:
+            layer.set_length(length + count)
+        return [lane.logits for lane in lanes]
 
     def rest(self) -> None:
         """No token is wanted for a while: give back what the graph holds."""
@@ -207,128 +216,154 @@ class Step:
             graph = torch.cuda.CUDAGraph()
             # The keeper of the client may ask after events meanwhile: that is no part of this.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run(layers)
+                self._run(self._lanes[:1], self._token, layers)
             self._graph, self._graph_memory = graph, memory
         self._graph.replay()
 
-    # The token ---------------------------------------------------------------------------------
+    # The tokens --------------------------------------------------------------------------------
 
-    def _run(self, layers: Sequence[PastLayer]) -> None:
+    def _run(self, lanes: list[Lane], tokens: torch.Tensor, layers: Sequence[PastLayer]) -> None:
         model = self._model.model
-        embedded = model.embed_tokens(self._token).view(-1)
-        self._begin(embedded, self._layers[0].norm)
+        embedded = model.embed_tokens(tokens)[0]
+        for lane, x in zip(lanes, embedded, strict=True):
+            self._begin(lane, x, self._layers[0].norm)
         for index, (layer, kept) in enumerate(zip(self._layers, layers, strict=True)):
             last = index + 1 == len(self._layers)
             after = model.norm.weight if last else self._layers[index + 1].norm
-            self._multiply(layer.attention, self._planes, layer.bias, self._qkv, norm=True)
-            self._attend(layer, kept)
-            self._add(layer.out, self._planes_out, layer.norm_mlp)
-            self._gate(layer.gated)
-            self._add(layer.down, self._planes_inner, after)
+            self._multiply(layer.attention, lanes, layer.bias, [lane.qkv for lane in lanes])
+            self._attend(layer, kept, lanes)
+            self._add(layer.out, lanes, [lane.planes_out for lane in lanes], layer.norm_mlp)
+            self._gate(layer.gated, lanes)
+            self._add(layer.down, lanes, [lane.planes_inner for lane in lanes], after)
         if isinstance(self._head, FedLinear):
-            self._multiply([self._head], self._planes, None, self._logits.view(-1), norm=True)
-        else:
-            x = self._dense(self._planes, norm=True)
-            self._logits.copy_(nn.functional.linear(x, self._head.weight))
+            self._multiply([self._head], lanes, None, [lane.logits.view(-1) for lane in lanes])
+            return
+        for lane in lanes:
+            x = self._dense(lane.planes, lane.sums)
+            lane.logits.copy_(nn.functional.linear(x, self._head.weight))
 
     def _multiply(
         self,
         linears: list[FedLinear],
-        planes: torch.Tensor,
+        lanes: list[Lane],
         bias: torch.Tensor | None,
-        y: torch.Tensor,
-        norm: bool,
+        ys: list[torch.Tensor],
         leases: list[Lease] | None = None,
     ) -> None:
-        """y = W x + bias for weights that share x, in one launch if that can be. ``leases``: of all of
-        them, if they are taken."""
-        sums = self._sums[: self._sum_count] if norm else None
-        epilogue = Epilogue(int(PLAIN), sums, self._config.rms_norm_eps, pdl=self._pdl)
+        """y = W x + bias, where x is normed, for weights that share x, in one launch a lane if that can be.
+        ``leases``: of all of them, if they are taken."""
         leases = leases or self._try(linears)
         if leases is not None and _all_packed(leases):
             with self._until_read(leases):
-                packed = _packed(linears, leases)
-                multiply_one(planes, packed, bias, y, self._scratch, epilogue)
+                multiply_each(self._plain(lanes, ys), _packed(linears, leases), bias, self._scratch)
             return
+        first = 0
         for number, linear in enumerate(linears):
-            first = sum(before.out_features for before in linears[:number])
-            part = y[first : first + linear.out_features]
-            part_bias = None if bias is None else bias[first : first + linear.out_features]
+            last = first + linear.out_features
+            parts = [y[first:last] for y in ys]
+            part_bias = None if bias is None else bias[first:last]
+            first = last
             lease = leases[number] if leases else self._client.acquire(linear.weight_index)
             with self._until_read([lease]):
                 if lease.grant.format == PACKED:
-                    packed = _packed([linear], [lease])
-                    multiply_one(planes, packed, part_bias, part, self._scratch, epilogue)
-                else:
-                    part.copy_(linear.multiply(self._dense(planes, norm), lease).view(-1))
+                    ones = self._plain(lanes, parts)
+                    multiply_each(ones, _packed([linear], [lease]), part_bias, self._scratch)
+                    continue
+                for lane, part in zip(lanes, parts, strict=True):
+                    x = self._dense(lane.planes, lane.sums)
+                    part.copy_(linear.multiply(x, lease).view(-1))
 
-    def _add(self, linear: FedLinear, planes: torch.Tensor, norm: torch.Tensor) -> None:
-        """hidden += W x, and the next x."""
+    def _plain(self, lanes: list[Lane], ys: list[torch.Tensor]) -> list[One]:
+        eps, count = self._config.rms_norm_eps, self._sum_count
+        return [
+            One(lane.planes, y, Epilogue(int(PLAIN), lane.sums[:count], eps, pdl=self._pdl))
+            for lane, y in zip(lanes, ys, strict=True)
+        ]
+
+    def _add(
+        self, linear: FedLinear, lanes: list[Lane], xs: list[torch.Tensor], norm: torch.Tensor
+    ) -> None:
+        """hidden += W x, and the next x; ``xs``: of each lane, spread."""
         lease = self._lease(linear)
         with self._until_read([lease]):
             if lease.grant.format != PACKED:
-                y = linear.multiply(self._dense(planes, norm=False), lease)
-                self._begin(self._hidden + y.view(-1), norm)
+                for lane, x in zip(lanes, xs, strict=True):
+                    y = linear.multiply(self._dense(x), lease)
+                    self._begin(lane, lane.hidden + y.view(-1), norm)
                 return
-            epilogue = Epilogue(
-                int(RESIDUAL), hidden=self._hidden, norm=norm, planes=self._planes,
-                next_sums=self._sums, pdl=self._pdl,
-            )  # fmt: skip
+            ones = [
+                One(x, None, Epilogue(
+                    int(RESIDUAL), hidden=lane.hidden, norm=norm, planes=lane.planes,
+                    next_sums=lane.sums, pdl=self._pdl,
+                ))
+                for lane, x in zip(lanes, xs, strict=True)
+            ]  # fmt: skip
             packed = _packed([linear], [lease])
-            self._sum_count = multiply_one(planes, packed, None, None, self._scratch, epilogue)
+            self._sum_count = multiply_each(ones, packed, None, self._scratch)
 
-    def _gate(self, linears: list[FedLinear]) -> None:
+    def _gate(self, linears: list[FedLinear], lanes: list[Lane]) -> None:
         """silu(gate x) * (up x)."""
         leases = self._try(linears)
         if leases is None or not _all_packed(leases):
-            self._multiply(linears, self._planes, None, self._pair, True, leases)
-            gate, up = self._pair.chunk(2)
-            grid = (gate.numel() // BEGIN_SIZE,)
-            glu_kernel[grid](
-                gate, up, self._planes_inner, gate.numel(), SIZE=BEGIN_SIZE, num_warps=1
-            )
+            self._multiply(linears, lanes, None, [lane.pair for lane in lanes], leases)
+            for lane in lanes:
+                gate, up = lane.pair.chunk(2)
+                grid = (gate.numel() // BEGIN_SIZE,)
+                glu_kernel[grid](
+                    gate, up, lane.planes_inner, gate.numel(), SIZE=BEGIN_SIZE, num_warps=1
+                )
             return
-        epilogue = Epilogue(
-            int(GLU), self._sums[: self._sum_count], self._config.rms_norm_eps,
-            planes=self._planes_inner, pdl=self._pdl,
-        )  # fmt: skip
+        eps, count = self._config.rms_norm_eps, self._sum_count
+        ones = [
+            One(lane.planes, None, Epilogue(
+                int(GLU), lane.sums[:count], eps, planes=lane.planes_inner, pdl=self._pdl
+            ))
+            for lane in lanes
+        ]  # fmt: skip
         with self._until_read(leases):
-            packed = _packed(linears, leases)
-            multiply_one(self._planes, packed, None, None, self._scratch, epilogue)
+            multiply_each(ones, _packed(linears, leases), None, self._scratch)
 
-    def _attend(self, layer: _Layer, past: PastLayer) -> None:
+    def _attend(self, layer: _Layer, past: PastLayer, lanes: list[Lane]) -> None:
+        """Lane after lane, each of which sees the keys and values that those before it have written.
+
+        The past is read before the kernel waits for the one before it. So only the first lane's kernel,
+        whose past is that of former passes, may begin early; the others are launched to begin when all
+        that came before has ended. What lanes share, ``partial`` and ``peaks``, is so free again, too.
+        """
         assert past.memory is not None and self._tables is not None
         norms = layer.head_norms or (layer.norm, layer.norm)  # there must be something
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
-            "num_warps": attention_warps(self._dim), "launch_pdl": self._pdl,
+            "num_warps": attention_warps(self._dim),
         }  # fmt: skip
-        tiles = self._tiles
-        chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
-        attention_kernel[(self._kv, chunks)](
-            self._qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory, self._position,
-            self._partial, self._peaks, past.capacity, self._dim**-0.5, TILE=TILE_TOKENS, TILES=tiles,
-            HEAD_NORM=layer.head_norms is not None, **shape,
-        )  # fmt: skip
-        combine_kernel[(self._heads,)](
-            self._partial, self._peaks, self._position, self._planes_out,
-            CHUNK=TILE_TOKENS * tiles, **shape,
-        )  # fmt: skip
+        for lane in lanes:
+            tiles = lane.tiles
+            chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
+            attention_kernel[(self._kv, chunks)](
+                lane.qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory,
+                lane.position, self._partial, self._peaks, past.capacity, self._dim**-0.5,
+                TILE=TILE_TOKENS, TILES=tiles, HEAD_NORM=layer.head_norms is not None,
+                launch_pdl=self._pdl and lane is lanes[0], **shape,
+            )  # fmt: skip
+            combine_kernel[(self._heads,)](
+                self._partial, self._peaks, lane.position, lane.planes_out,
+                CHUNK=TILE_TOKENS * tiles, launch_pdl=self._pdl, **shape,
+            )  # fmt: skip
 
-    def _begin(self, x: torch.Tensor, norm: torch.Tensor) -> None:
+    def _begin(self, lane: Lane, x: torch.Tensor, norm: torch.Tensor) -> None:
         count = x.numel() // BEGIN_SIZE
         begin_kernel[(count,)](
-            x, norm, self._hidden, self._planes, self._sums, x.numel(), SIZE=BEGIN_SIZE, num_warps=1
+            x, norm, lane.hidden, lane.planes, lane.sums, x.numel(), SIZE=BEGIN_SIZE, num_warps=1
         )
         self._sum_count = count
 
-    def _dense(self, planes: torch.Tensor, norm: bool) -> torch.Tensor:
-        """x [1, K] in the model's dtype, gathered from its planes."""
+    def _dense(self, planes: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """x [1, K] in the model's dtype, gathered from its planes; normed, if ``sums`` are given."""
         low, high = planes[:4], planes[4:8]
         x = torch.cat([low + high / (1 << 16), high]).t().reshape(1, -1)
-        if norm:
-            mean = self._sums[: self._sum_count].sum() / x.numel()
+        if sums is not None:
+            mean = sums[: self._sum_count].sum() / x.numel()
             x = x * torch.rsqrt(mean + self._config.rms_norm_eps)
         return x.to(self._dtype)
 

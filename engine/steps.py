@@ -1,4 +1,4 @@
-"""What takes single tokens on a GPU: the fused step while slots are packed, the dense one while they are not.
+"""What takes tokens on a GPU: the fused step while slots are packed, the dense one while they are not.
 
 Either may be missing, where a model does not fit it. Knows nothing of what they do.
 """
@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from common.log import log
 from engine.client import WeightClient
 from engine.dense_step import DenseStep, unfit
+from engine.lane import MOST_LANES
 from engine.step import Step, supports
 
 
@@ -32,18 +33,31 @@ class Steps:
         return self.packed or (self._dense is not None and self._dense.useful)
 
     @property
+    def most(self) -> int:
+        """Over up to how many tokens `several` takes a pass now, that gives what passes over one give."""
+        return MOST_LANES if self.useful else 1
+
+    @property
     def graphed(self) -> bool:
         """Whether the last token was one launch."""
         return self._fused is not None and self._fused.graphed
 
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """As of the one that is useful now."""
+        return self._one()(token, cache)
+
+    def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+        """As of the one that is useful now: the logits after each of ``tokens``, [1, up to ``most``], to the
+        bit what calls with one after the other give."""
+        return self._one().several(tokens, cache)
+
+    def _one(self) -> Step | DenseStep:
         # Slots may have been swapped since `useful` was asked; the fused step takes any.
         if self._fused is not None and (self._fused.useful or self._dense is None):
-            return self._fused(token, cache)
+            return self._fused
         self.rest()
         assert self._dense is not None
-        return self._dense(token, cache)
+        return self._dense
 
     def rest(self) -> None:
         """No token is wanted for a while: give back what is held."""

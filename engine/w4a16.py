@@ -8,8 +8,10 @@ elements apart, so that no code has to change its lane. Knows no slots and no so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -276,6 +278,15 @@ def multiply(
     return y
 
 
+class One(NamedTuple):
+    """What one token brings to a product: ``planes``, fp32 [9, K / 8], see `spread`; ``y``: any floating
+    dtype, N of all elements, for PLAIN."""
+
+    planes: torch.Tensor
+    y: torch.Tensor | None
+    epilogue: Epilogue = NONE
+
+
 def multiply_one(
     planes: torch.Tensor,
     weights: list[Packed],
@@ -285,30 +296,51 @@ def multiply_one(
     epilogue: Epilogue = NONE,
     cut: RingCut = RING,
 ) -> int:
-    """One token's products. planes: fp32 [9, K / 8], see `spread`; y: any floating dtype, N of all
-    elements, for PLAIN. Returns how many sums RESIDUAL wrote."""
+    """One token's products; see `One`. Returns how many sums RESIDUAL wrote."""
+    return multiply_each([One(planes, y, epilogue)], weights, bias, scratch, cut)
+
+
+def multiply_each(
+    ones: Sequence[One],
+    weights: list[Packed],
+    bias: torch.Tensor | None,
+    scratch: Scratch,
+    cut: RingCut = RING,
+) -> int:
+    """The products of tokens whose epilogues differ in their tensors alone, a launch each: to the bit what
+    `multiply_one` gives. Returns how many sums RESIDUAL wrote for each.
+
+    The launches share ``scratch``. With PDL one may begin while those before it still run; until it has
+    waited for them it reads nothing but codes and scales, and it writes after that, as where products of
+    different weights follow one another.
+    """
     rows, columns, total, run, places = _places(weights, 4)
-    glu = epilogue.mode == int(one_token.GLU)
+    first = ones[0].epilogue
+    glu = first.mode == int(one_token.GLU)
     tiles = rows[0] // TILE if glu else total // (2 * TILE)
     parts = ring_parts(columns)
-    slices = max(1, min(_programs(planes.device, cut) // parts, tiles))
+    slices = max(1, min(_programs(ones[0].planes.device, cut) // parts, tiles))
     scratch.hold(parts * total, slices)
     at_once = SUMS_A_WARP * cut.warps // (2 * parts if glu else parts)
-    sums = epilogue.sums
-    unused = scratch.parts if y is None else y
-    ring_kernel[(slices * parts,)](
-        planes, weights[0].codes.view(torch.int32), weights[0].scales,
-        bias if bias is not None else unused, unused, scratch.parts, scratch.counters,
-        *places, rows[0] if glu else total, tiles,
-        sums, 0 if sums is None else sums.numel(), epilogue.eps, epilogue.hidden, epilogue.norm,
-        epilogue.planes, epilogue.next_sums,
-        K=columns, TILE=TILE, RUNS=UNIT // run, PARTS=parts, STAGES=cut.stages,
-        BIAS=bias is not None, RUN=run, MODE=epilogue.mode, NORM=sums is not None,
-        SUMS=1 if sums is None else triton.next_power_of_2(sums.numel()),
-        AT_ONCE=min(128, max(2 * TILE, triton.next_power_of_2(at_once + 1) // 2)),
-        PDL=epilogue.pdl, EARLY=cut.early, ASM=not interpreted(),
-        num_warps=cut.warps, maxnreg=cut.registers, launch_pdl=epilogue.pdl,
-    )  # fmt: skip
+    sum_count = 0 if first.sums is None else first.sums.numel()
+    codes, scales = weights[0].codes.view(torch.int32), weights[0].scales
+    options = {
+        "K": columns, "TILE": TILE, "RUNS": UNIT // run, "PARTS": parts, "STAGES": cut.stages,
+        "BIAS": bias is not None, "RUN": run, "MODE": first.mode, "NORM": first.sums is not None,
+        "SUMS": 1 if first.sums is None else triton.next_power_of_2(sum_count),
+        "AT_ONCE": min(128, max(2 * TILE, triton.next_power_of_2(at_once + 1) // 2)),
+        "PDL": first.pdl, "EARLY": cut.early, "ASM": not interpreted(),
+        "num_warps": cut.warps, "maxnreg": cut.registers, "launch_pdl": first.pdl,
+    }  # fmt: skip
+    launch = ring_kernel[(slices * parts,)]
+    for planes, y, epilogue in ones:
+        unused = scratch.parts if y is None else y
+        launch(
+            planes, codes, scales, bias if bias is not None else unused, unused, scratch.parts,
+            scratch.counters, *places, rows[0] if glu else total, tiles,
+            epilogue.sums, sum_count, epilogue.eps, epilogue.hidden, epilogue.norm,
+            epilogue.planes, epilogue.next_sums, **options,
+        )  # fmt: skip
     return tiles
 
 

@@ -19,9 +19,11 @@ from tests import fed, lives
 from tests.checkpoints import make_model
 from tests.processes import Room
 from tests.reference import reference_model
-from tests.stepping import LAYER, assert_stepped_as_plain
+from tests.stepping import LAYER, assert_stepped_as_plain, take_in_passes
 
 TOKENS = 10
+#: How wide, and how many of their tokens are kept.
+PASSES = ((2, 2), (3, 1), (16, 16), (1, 1), (5, 2), (2, 2))
 
 
 def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None:
@@ -33,6 +35,7 @@ def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None
     with fed.model(room, tmp_path / "store", *flags) as (model, engine):
         step = DenseStep(model, engine.client)
         assert_stepped_as_plain(step, model, reference, TOKENS)
+        take_in_passes(step, step.several, model, 250, PASSES, seed=5)
         for strategy, cache in (("resident", "7"), ("ring", "-1")):
             lives.ask(room, p.Swap(strategy, cache))
             assert_stepped_as_plain(step, model, reference, TOKENS)
@@ -47,6 +50,11 @@ def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         with pytest.raises(ValueError, match="the cache holds 256 tokens, and all are there"):
             step(ids[:, :1], cache)
+        with pytest.raises(ValueError, match="17 tokens: a pass takes from 1 to 16"):
+            step.several(ids[:, :17], cache)
+        cache.layers[0].set_length(250)
+        with pytest.raises(ValueError, match="the cache holds 256 tokens, and 250 are there"):
+            step.several(ids[:, :7], cache)
 
 
 @pytest.mark.parametrize(
@@ -65,4 +73,6 @@ def test_other_families_in_another_dtype(
     reference = reference_model(checkpoint, torch.bfloat16)
     flags = ("--slots=dequantized", "--cache=3", "--dtype=bfloat16")
     with fed.model(room, tmp_path / "store", *flags) as (model, engine):
-        assert_stepped_as_plain(DenseStep(model, engine.client), model, reference, TOKENS)
+        step = DenseStep(model, engine.client)
+        assert_stepped_as_plain(step, model, reference, TOKENS)
+        take_in_passes(step, step.several, model, 9, PASSES[1:3], seed=6)

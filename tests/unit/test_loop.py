@@ -15,6 +15,7 @@ from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.text import TokenIds
 from tests.checkpoints import make_checkpoint
+from tests.speculating import Watched, lookup
 
 PROMPT = [5, 17, 300, 2]
 TOKENS = 24
@@ -38,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen2ForCausalLM:
 class Eager:
     """Takes single tokens as a step does, by the model itself; ``graphed``: invites to run ahead."""
 
-    useful = True
+    useful, most = True, 16
 
     def __init__(self, model: Any, graphed: Iterator[bool]) -> None:
         self._model, self._graphed = model, graphed
@@ -54,6 +55,9 @@ class Eager:
         self.lengths.append(cache.get_seq_length())
         output = self._model(input_ids=token, past_key_values=cache, use_cache=True)
         return output.logits[:, -1]
+
+    def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+        return [self(token, cache).clone() for token in tokens.split(1, dim=1)]
 
     def rest(self) -> None:
         self.resting = True
@@ -133,6 +137,53 @@ def test_nothing_is_launched_beyond_the_last_token(model: Qwen2ForCausalLM, toke
     assert step is not None
     assert len(generate(model, loop, PROMPT, max_new_tokens=tokens, do_sample=False)) == tokens
     assert step.lengths == [len(PROMPT) + index for index in range(tokens - 1)]
+
+
+@pytest.mark.parametrize("most", [16, 4, 1])
+def test_candidates_take_the_step_if_it_takes_so_many(model: Qwen2ForCausalLM, most: int) -> None:
+    """And the model's own pass if not; the text is the same, and so are the places of its tokens."""
+    step, prompt = Eager(model, never()), PROMPT * 3
+    step.most = most
+    watched = Watched("lookup:7")
+    loop = Loop(step, lambda call, _: call(), watched)  # type: ignore[arg-type]
+    options = {"do_sample": False, "max_new_tokens": 60, "repetition_penalty": 0.5}
+    assert generate(model, loop, prompt, **options) == expected(model, prompt, **options)
+    lengths, at, wide = [], len(prompt), 0
+    for candidates, came in watched.passes:
+        width = 1 + len(candidates)
+        if width == 1 or width <= most:
+            lengths += range(at, at + width)
+        wide += width > 4
+        at += len(came)
+    assert step.lengths == lengths
+    assert wide > 3 and watched.figures()["accepted"] > 0
+    assert step.resting
+
+
+def test_a_pass_over_candidates_is_made_again_when_memory_was_short(
+    model: Qwen2ForCausalLM,
+) -> None:
+    """And before that the step gives back what it holds."""
+    failures = 0
+
+    class Short(Eager):
+        def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:
+            nonlocal failures
+            if not self.resting:
+                failures += 1
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
+            return super().several(tokens, cache)
+
+    def survive(call: Callable[[], Any], _: Any) -> Any:
+        with suppress(torch.OutOfMemoryError):
+            return call()
+        return call()
+
+    loop = Loop(Short(model, never()), survive, lookup("lookup:7"))  # type: ignore[arg-type]
+    options = {"do_sample": False, "max_new_tokens": 40, "repetition_penalty": 0.5}
+    prompt = PROMPT * 3
+    assert generate(model, loop, prompt, **options) == expected(model, prompt, **options)
+    assert failures > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

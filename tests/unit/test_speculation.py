@@ -143,14 +143,31 @@ def test_texts_one_after_the_other_do_not_mix(steady: Qwen2ForCausalLM) -> None:
     ("sampled", "seeded", "repeatable"),
     [(False, False, True), (True, True, True), (True, False, False)],
 )
+@pytest.mark.parametrize("stepped", [False, True])
 def test_which_texts_can_be_had_again(
-    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool
+    model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool, stepped: bool
 ) -> None:
     """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True)
-    options = {"do_sample": sampled, "max_new_tokens": 2, "eos_token_id": None}
-    generate(model, [2, 3], loop(speculation), seeded=seeded, **options)
-    assert bool(speculation.off) == repeatable
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=lambda: stepped)
+    options = {"do_sample": sampled, "max_new_tokens": 60, "eos_token_id": None}
+    generate(model, [2, 3] * 4, loop(speculation), seeded=seeded, **options)
+    assert bool(speculation.off) == (repeatable and not stepped)
+    assert (speculation.figures()["candidates"] > 0) == (stepped or not repeatable)
+
+
+def test_auto_asks_before_each_pass_whether_a_step_makes_it() -> None:
+    """Another kind of slots may change that."""
+    answers = iter([True, True, True, False, True])
+    stepped = lambda: next(answers)  # noqa: E731
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=stepped)
+    speculation.begin([3, 4, 5] * 9)
+    found = []
+    for _ in range(5):
+        candidates = speculation.propose(4)
+        found.append(bool(candidates))
+        for token in candidates or [3]:
+            speculation.add(token)
+    assert found == [False, False, True, False, True]  # first a pass of one is measured
 
 
 class Proposing(Speculation):

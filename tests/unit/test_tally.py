@@ -52,18 +52,21 @@ def test_it_takes_no_more_room_the_longer_an_engine_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "streams", "said"),
+    ("asked", "streams", "stepped", "said"),
     [
-        ("auto", False, "lookup is off: all weights stay"),
-        ("auto", True, ""),
-        ("lookup:3", False, "lookup: no candidates were checked"),
-        ("draft", True, "draft: no candidates were checked"),
+        ("auto", False, False, "lookup is off: all weights stay"),
+        ("auto", True, True, ""),
+        ("lookup:3", False, False, "lookup: no candidates were checked"),
+        ("lookup:3", False, True, "lookup is off: all weights stay"),
+        ("draft", False, True, "draft is off: all weights stay"),
+        ("draft", True, True, "draft: no candidates were checked"),
     ],
 )
-def test_where_nothing_was_checked(asked: str, streams: bool, said: str) -> None:
-    figures = Speculation(Speculate.parse(asked), lambda: streams).figures()
+def test_where_nothing_was_checked(asked: str, streams: bool, stepped: bool, said: str) -> None:
+    speculation = Speculation(Speculate.parse(asked), lambda: streams, stepped=lambda: stepped)
+    figures = speculation.figures()
     assert candidates_said(figures) == said
-    assert bool(figures["speculation_off"]) == (asked == "auto" and not streams)
+    assert bool(figures["speculation_off"]) == ("off" in said)
     assert candidates_said({"speculate": "off"}) == ""
 
 
