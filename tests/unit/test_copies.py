@@ -139,7 +139,7 @@ def test_a_strategy_that_cannot_say_is_refused(answer: object, what: str) -> Non
 
 @pytest.mark.parametrize("gib", [4, 8, 12, 16, 18, 24, 40])
 def test_what_passes_has_slots_to_hide_the_hand_over_in(gib: int) -> None:
-    """Measured: with four slots and nearly all weights near, a token took three times as long as with eight."""
+    """With four slots, and nearly all weights near, a token took three times as long as with eight."""
     _, elements = load_shape("qwen2.5-32b")
     memory = Memory(elements, gib << 30)
     copies = memory.copies(make_strategy("resident"))
