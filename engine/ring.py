@@ -61,14 +61,19 @@ def _where(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Of a tile: its first row, and of both halves the first row in its weight, and where the weight's
     codes and scales are, and the second half's first row among the sums."""
+    # One way out: distances beyond 2**31 come as int64, and all returns must be of the same types.
     if MODE == GLU:
         row = tile * TILE
-        local = row.to(tl.int64)
-        return row, local, local, code0, code1, scale0, scale1, total + row
-    row, local, code, scale = place(
-        tile, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, 2 * TILE
-    )
-    return row, local, local + TILE, code, code, scale, scale, row + TILE
+        local_a = row.to(tl.int64)
+        local_b, slot_b = local_a, total + row
+        code_a, code_b, scale_a, scale_b = code0, code1, scale0, scale1
+    else:
+        row, local_a, code_a, scale_a = place(
+            tile, rows0, rows1, code0, code1, code2, scale0, scale1, scale2, 2 * TILE
+        )
+        local_b, slot_b = local_a + TILE, row + TILE
+        code_b, scale_b = code_a, scale_a
+    return row, local_a, local_b, code_a, code_b, scale_a, scale_b, slot_b
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from engine.batch.kernels import ALIGNED, TILE, TILES, _chunks_kernel, launch_op
 from engine.cuts import tokens_cut
 from engine.one_token import (
     GLU,
+    PLAIN,
     RESIDUAL,
     attention_kernel,
     attention_warps,
@@ -60,7 +61,14 @@ KINDS = {
 EVEN = {"code0", "code1", "code2", "total", "capacity"}
 
 
-def ring(mode: int, columns: int, pdl: bool) -> tuple[Any, ...]:
+#: What is more than 2**31 units from the first weight, one of them or both.
+FAR = {"code1": "i64", "scale1": "i64", "code2": "i64", "scale2": "i64"}
+FAR_SCALES = {"scale1": "i64", "scale2": "i64"}
+
+
+def ring(
+    mode: int, columns: int, pdl: bool, kinds: dict[str, str] | None = None
+) -> tuple[Any, ...]:
     constants = {
         "K": columns, "TILE": RING_TILE, "RUNS": UNIT // BLOCK, "PARTS": -(-columns // UNIT),
         "STAGES": RING.stages, "BIAS": False, "RUN": BLOCK, "MODE": mode,
@@ -68,7 +76,7 @@ def ring(mode: int, columns: int, pdl: bool) -> tuple[Any, ...]:
         "EARLY": RING.early, "ASM": True,
     }  # fmt: skip
     options = {"num_warps": RING.warps, "maxnreg": RING.registers}
-    return ring_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), {}
+    return ring_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), kinds or {}
 
 
 def tokens(rows: tuple[int, ...], columns: int, asm: bool, pdl: bool) -> tuple[Any, ...]:
@@ -118,6 +126,9 @@ def kernels(device: int) -> dict[str, tuple[Any, ...]]:
     pdl, asm = device >= DEPENDENT, device != OLD
     return {
         "gate, up": ring(int(GLU), 5120, pdl),
+        "gate, far from up": ring(int(GLU), 5120, pdl, FAR),
+        "gate, with scales far from up's": ring(int(GLU), 5120, pdl, FAR_SCALES),
+        "q, far from k and v": ring(int(PLAIN), 5120, pdl, FAR_SCALES),
         "down": ring(int(RESIDUAL), 27648, pdl),
         "gate, up of some tokens": tokens((27648, 27648), 5120, asm, pdl),
         "o of some tokens": tokens((3584,), 3584, asm, pdl),
