@@ -19,7 +19,7 @@ from feeder.simulate import load_shape
 from feeder.simulation import Hardware, Simulation, Traffic
 from feeder.strategies.base import Strategy
 from feeder.strategies.registry import BUILT_IN, make_strategy
-from feeder.strategies.resident import STREAM_SLOTS
+from feeder.strategies.resident import NEAR_SLOTS
 
 ELEMENTS = st.lists(st.integers(1, 400).map(lambda blocks: blocks * 128), min_size=2, max_size=24)
 
@@ -64,8 +64,8 @@ def test_resident_keeps_more_with_copies_and_nothing_twice(
     assert memory.near_bytes(copies) >= memory.near_bytes(frozenset())
     if memory.size_bytes >= sum(sizes):
         assert not copies and keep == frozenset(range(len(sizes)))
-    # So many slots of any size, and a copy of everything: then nothing need cross the link.
-    streaming = sum(sorted(sizes)[-STREAM_SLOTS:])
+    # As many slots as are of use, and a copy of everything: then nothing need cross the link.
+    streaming = sum(sorted(sizes)[-NEAR_SLOTS[0][0] :])
     if memory.size_bytes >= sum(memory.packed) + streaming:
         assert keep | copies == frozenset(range(len(sizes)))
 

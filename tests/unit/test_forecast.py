@@ -100,7 +100,7 @@ def test_a_resident_model_in_words() -> None:
 
 
 def test_part_of_a_model_stays() -> None:
-    found = plan_text.as_json(*told(subject(9), "resident"))["predicted"]
+    found = plan_text.as_json(*told(subject(13), "resident"))["predicted"]
     assert (found["resident_weights"], found["streamed_weights"]) == (5, 15)
     assert found["resident_packed_bytes"] == 5 * 8650752
     assert found["streamed_bytes"] == pytest.approx(15 * 8650752)

@@ -343,7 +343,7 @@ def test_a_swap_shows_within_one_pass(before: str, after: str) -> None:
         one_pass(pipeline)
         assert pipeline.foreseen == []
     else:
-        assert one_pass(pipeline) == one_pass(fresh) == {"ring": 20, "resident": 12}[after]
+        assert one_pass(pipeline) == one_pass(fresh) == {"ring": 20, "resident": 16}[after]
 
 
 @pytest.mark.parametrize("after", ["ring", "on-demand"])

@@ -13,7 +13,13 @@ from common.errors import StrategyError
 from common.plan import Capacity, Plan, largest_window_bytes
 from feeder.strategies.on_demand import OnDemand
 from feeder.strategies.registry import BUILT_IN, make_strategy
-from feeder.strategies.resident import STREAM_SLOTS, Resident, spread, stream_slots
+from feeder.strategies.resident import (
+    STREAM_SLOTS,
+    STREAM_WINDOW,
+    Resident,
+    spread,
+    stream_slots,
+)
 from feeder.strategies.ring import Ring
 
 PLANS = st.permutations(range(12)).flatmap(
@@ -76,7 +82,7 @@ def test_resident_keeps_what_fits_beside_the_stream(
     kept, streamed = resident.keep, [w for w in plan.order if w not in resident.keep]
     assert kept <= set(plan.order)
     if kept and streamed:
-        window = largest_window_bytes(streamed, sizes, min(STREAM_SLOTS, len(streamed)))
+        window = largest_window_bytes(streamed, sizes, min(STREAM_WINDOW, len(streamed)))
         assert sum(sizes[w] for w in kept) + window <= capacity.size_bytes
     if capacity.size_bytes >= sum(sizes[w] for w in plan.order):
         assert kept == set(plan.order)
@@ -112,7 +118,7 @@ def test_resident_keeps_the_large_where_a_small_stream_gains_more() -> None:
     resident = Resident()
     resident.begin(Plan(tuple(range(21))), sizes, Capacity(21, 512 * 25))
     assert 20 in resident.keep
-    assert len(resident.keep) == 1 + (25 - 15 - STREAM_SLOTS)
+    assert len(resident.keep) == 1 + (25 - 15 - STREAM_WINDOW)
 
 
 def test_resident_streams_in_order_where_a_smaller_one_would_still_fit() -> None:

@@ -41,11 +41,11 @@ def test_ring_goes_on_round_the_plan() -> None:
 
 
 def test_resident_goes_on_with_what_streams() -> None:
-    pipeline = ready(Resident(), 12, 6)
+    pipeline = ready(Resident(), 12, 9)
     scheduler = pipeline.scheduler
     keep = scheduler.strategy.keep
     streamed = [weight for weight in range(12) if weight not in keep]
-    assert len(keep) == 2
+    assert len(keep) == 5  # four stream through four slots
     assert scheduler.upcoming(PLENTY, [1] * 12) == streamed[4:]
 
 
