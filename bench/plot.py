@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import Results
+from common.config import Cache
 from common.errors import ConfigError, UsageError
 
 GB = 1e9
@@ -37,7 +38,7 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    sweep = [found for found in results.of("sweep") if not found["setting"]["context"]]
+    sweep = _least_contexts(results.of("sweep"))
     if not sweep:
         raise UsageError("there is no sweep to plot: run python -m bench sweep first")
     run = results.run_of(sweep[-1])
@@ -54,20 +55,34 @@ def plot(results: Results, path: Path) -> None:
         axes.set_ylabel("tok/s")
         axes.set_title(f"{run['device']}, {run['model']}, {run['commit']}", fontsize=9)
         axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
 
 
+def _least_contexts(sweep: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of settings that differ in the context alone, the one with the least."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for one in sorted(sweep, key=lambda one: int(one["setting"]["context"]), reverse=True):
+        found[tuple(one["setting"][name] for name in ("strategy", "cache", "slots"))] = one
+    return list(found.values())
+
+
 def _lines(axes: Any, sweep: list[dict[str, Any]]) -> None:
-    groups: dict[str, list[tuple[float, float]]] = {}
+    """A cache of so many bytes may hold packed copies, one of so many weights does not: two lines."""
+    groups: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for found in sweep:
         setting = found["setting"]
         label = f"{setting['strategy']}, {setting['slots']} slots"
         point = (found["peak_bytes"] / GB, found["tok_per_s"])
-        groups.setdefault(label, []).append(point)
-    for label in sorted(groups):
-        axes.plot(*zip(*sorted(groups[label]), strict=True), marker="o", ms=3, lw=1, label=label)
+        by_size = Cache.parse(setting["cache"]).size_bytes is not None
+        groups.setdefault((label, by_size), []).append(point)
+    colors = {label: f"C{i}" for i, label in enumerate(sorted({label for label, _ in groups}))}
+    for (label, by_size), points in sorted(groups.items()):
+        style = {"marker": "s", "ls": ":"} if by_size else {"marker": "o", "ls": "-"}
+        name = f"{label}, cache by size" if by_size else label
+        line = zip(*sorted(points), strict=True)
+        axes.plot(*line, ms=3, lw=1, color=colors[label], label=name, **style)
 
 
 def _limits(axes: Any, results: Results, sweep: list[dict[str, Any]]) -> None:
@@ -93,10 +108,17 @@ def _limits(axes: Any, results: Results, sweep: list[dict[str, Any]]) -> None:
 
 
 def _baselines(axes: Any, results: Results, device: str) -> None:
-    for found in results.of("baselines"):
+    for marker, found in zip("x+1234", results.of("baselines"), strict=False):
         if results.run_of(found)["device"] != device:
             continue
         scaled = found.get("scaled")
         label = found["setting"]["baseline"] + (f" ({scaled['label']})" if scaled else "")
         tok_per_s = scaled["tok_per_s"] if scaled else found["tok_per_s"]
-        axes.plot([found["peak_bytes"] / GB], [tok_per_s], marker="x", ls="none", label=label)
+        axes.plot(
+            [found["peak_bytes"] / GB],
+            [tok_per_s],
+            marker=marker,
+            color="k",
+            ls="none",
+            label=label,
+        )

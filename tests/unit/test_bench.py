@@ -188,7 +188,7 @@ def test_nothing_to_plot(tmp_path: Path, capfd: Any) -> None:
 
 
 def point(strategy: str, slots_bytes: float, tok_per_s: float) -> dict[str, Any]:
-    setting = Setting(strategy, str(slots_bytes)).fields()
+    setting = Setting(strategy, f"{slots_bytes:.0f}B").fields()
     peak = slots_bytes + 2e9
     figures = {"peak_bytes": peak, "slots_bytes": slots_bytes, "tok_per_s": tok_per_s}
     return {"run": 0, "part": "sweep", "setting": setting, **figures}
