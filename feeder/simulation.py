@@ -17,8 +17,9 @@ from feeder.scheduler import Fill, Grant, Revoke, Scheduler
 #: What the filler copies at once, and dequantizes when it has arrived; larger weights go in pieces.
 PIECE_BYTES = packed_bytes(144 << 20)
 #: Host time of the engine for each weight in a dequantized slot: to launch its product and what lies
-#: around it, to take it and to return it; and where all of them stay. Fitted to an H100.
-ENGINE_US, STANDING_US = 80.0, 60.0
+#: around it, to take it and to return it; and where all of them stay. Fitted, as are HANDOVER_US and TURN_US,
+#: to an H100 with the 32B shape: python -m bench.forecast bench/results/sweep-32b.json.
+ENGINE_US, STANDING_US = 85.0, 60.0
 #: The same of a weight in a packed slot, by the fused step: six launches and seven weights a layer. An
 #: estimate, not yet measured by itself.
 STEP_US = 60.0
@@ -26,9 +27,9 @@ STEP_US = 60.0
 #: Measured on an H100 machine: 142 and 85 ms of a token of the 32B shape.
 FORWARD_US, FORWARD_PACKED_US = 320.0, 190.0
 #: From a fact on the device to the other process having acted on it.
-HANDOVER_US = 200.0
+HANDOVER_US = 300.0
 #: From a kernel of one process to one of the other: without MPS they take turns on the device.
-TURN_US = 50.0
+TURN_US = 60.0
 #: What the filler copies ahead of the slots, packed.
 STAGING_BYTES = 256 << 20
 #: Of the bandwidth of a plain copy, what kernels reach. Measured on an H100, 27648 x 5120: the
@@ -186,14 +187,13 @@ class Simulation:
     # The engine --------------------------------------------------------------------------------
 
     def _use(self, weight: int, tokens: int) -> None:
-        hardware, scheduler = self._hardware, self._scheduler
+        hardware = self._hardware
         self._waiting = weight
         self._advance(self._now + (hardware.engine_s if tokens == 1 else hardware.prompt_s))
         self._return([p for p in self._running if p[0] <= self._now])
         if weight not in self._granted:
             self._return(self._running)  # while it waits, the engine looks all the time
-            scheduler.need(weight)
-            self._step()
+            self._at(self._now + hardware.handover_s, "needed", weight, 0)
         while weight not in self._granted:
             self._advance(self._events[0][0])
         grant, self._waiting = self._granted[weight], -1
@@ -325,6 +325,9 @@ class Simulation:
                 self._scheduler.filled(first)
             elif what == "released":
                 self._scheduler.released(first, second)
+            elif what == "needed":
+                if first == self._waiting and first not in self._coming:
+                    self._scheduler.need(first)
             elif first in self._coming:
                 self._granted[first] = self._coming.pop(first)
             self._step()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import descends, plot
+from bench import descends, forecast, plot
 from bench.__main__ import main
 from bench.decode import spread
 from bench.guard import TookTooLong, limited
@@ -22,6 +22,7 @@ from bench.settings import Setting, sweep_settings
 from common import int4
 from common.errors import PeerError, UsageError, WeightFeederError
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = {"device": "a GPU", "commit": "abc", "store": "123", "command": "python -m bench"}
 RING, RESIDENT = Setting("ring", "8").fields(), Setting("resident", "8").fields()
 
@@ -111,6 +112,25 @@ def endures() -> None:
             time.sleep(0.01)
         except WeightFeederError:
             pass
+
+
+PREDICTED = [  # as docs/bench.md has it
+    ("dequantized", "ring", "4"), ("dequantized", "ring", "16"), ("dequantized", "resident", "8GiB"),
+    ("dequantized", "resident", "12GiB"), ("dequantized", "resident", "24GiB"),
+    ("packed", "ring", "1"), ("packed", "ring", "16"), ("packed", "resident", "4GiB"),
+    ("packed", "resident", "128"), ("packed", "resident", "-1"),
+]  # fmt: skip
+
+
+def test_the_plan_was_right_about_the_sweep_that_is_kept() -> None:
+    compared = forecast.compare(Results(ROOT / "bench" / "results" / "sweep-32b.json"))
+    errors = {
+        (s["slots"], s["strategy"], s["cache"]): one["error"]
+        for one in compared
+        if (s := one["setting"])["context"] <= 64
+    }
+    for setting in PREDICTED:
+        assert abs(errors[setting]) <= 0.1, (setting, errors[setting])
 
 
 def test_overdue_work_cannot_keep_the_error() -> None:
