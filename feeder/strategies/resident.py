@@ -18,9 +18,9 @@ from feeder.strategies.cyclic import Cyclic
 #: Slots to stream through, where they are counted. Packed ones have nothing but each other to keep the link
 #: busy: measured on an H100, eight do at 99 % of its bandwidth, four at 87.
 STREAM_SLOTS = 8
-#: Where bytes count, room for so many of the largest that follow each other, which is one read, one granted
-#: and two on the link, and for twice as many as a rule.
-STREAM_WINDOW = 4
+#: Where bytes count, room for so many of the largest that follow each other, which is one read, one granted,
+#: two on the link and one to spare; as a rule that is room for twice as many.
+STREAM_WINDOW = 5
 #: The same where most fills come from copies on the device, and what a pass at least takes with so many, as a
 #: share of the time in which all would cross the link: what is left to hide is the hand-over, and that two
 #: processes take turns on the device. Of that a share is not hidden behind the link, either. Measured on an

@@ -124,7 +124,7 @@ def test_resident_keeps_the_large_where_a_small_stream_gains_more() -> None:
 def test_resident_streams_in_order_where_a_smaller_one_would_still_fit() -> None:
     sizes = [512 * size for size in (3, 3, 1, 1, 1, 1, 3, 3, 3, 1)]
     resident = Resident()
-    resident.begin(Plan(tuple(range(10))), sizes, Capacity(10, 512 * 15))
+    resident.begin(Plan(tuple(range(10))), sizes, Capacity(10, 512 * 17))
     assert resident.keep
     for here in range(10):
         ahead = [(here + i) % 10 for i in range(10) if (here + i) % 10 not in resident.keep]
