@@ -79,14 +79,16 @@ def ring(
     return ring_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), kinds or {}
 
 
-def tokens(rows: tuple[int, ...], columns: int, asm: bool, pdl: bool) -> tuple[Any, ...]:
+def tokens(
+    rows: tuple[int, ...], columns: int, asm: bool, pdl: bool, kinds: dict[str, str] | None = None
+) -> tuple[Any, ...]:
     cut = tokens_cut(rows, columns)
     constants = {
         "ROWS": cut.rows, "SPLIT": cut.parts if cut.split else 1, "BIAS": True, "RUN": BLOCK,
         "TOKENS": MAX_TOKENS, "ASM": asm, "PARTS": cut.parts, "PDL": pdl,
     }  # fmt: skip
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    wide = {"planes": "*bf16", "y": "*bf16"}
+    wide = {"planes": "*bf16", "y": "*bf16"} | (kinds or {})
     return _tokens_kernel, constants, options | ({"launch_pdl": True} if pdl else {}), wide
 
 
@@ -131,6 +133,7 @@ def kernels(device: int) -> dict[str, tuple[Any, ...]]:
         "q, far from k and v": ring(int(PLAIN), 5120, pdl, FAR_SCALES),
         "down": ring(int(RESIDUAL), 27648, pdl),
         "gate, up of some tokens": tokens((27648, 27648), 5120, asm, pdl),
+        "gate, far from up, of some tokens": tokens((27648, 27648), 5120, asm, pdl, FAR_SCALES),
         "o of some tokens": tokens((3584,), 3584, asm, pdl),
         "attention": attention(128, False, pdl),
         "attention, norms of heads": attention(128, True, pdl),
