@@ -6,7 +6,7 @@ Pure arithmetic on figures that feeder/outlook.py finds; feeder/plan_text.py put
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.plan import Capacity, Plan
@@ -82,11 +82,13 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``ttft_s``: by tokens of the prompt, of an engine that has answered before."""
+    """``ttft_s``: by tokens of the prompt, of an engine that has answered before. ``mps_gain``: the share of
+    a token that MPS would save."""
 
     steady: Steady
     ttft_s: Mapping[int, float]
     engine_s: float
+    mps_gain: float = 0.0
 
     @property
     def latency_bound(self) -> bool:
@@ -135,19 +137,28 @@ def _engine_us(subject: Subject) -> tuple[float, float]:
 
 def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:
     """``strategy``: a fresh one, which the simulation may use up."""
-    scheduler = Scheduler(
-        subject.plan, subject.sizes, subject.capacity, strategy,
-        copies=subject.copies, link_bytes=list(subject.traffic.packed),
-    )  # fmt: skip
-    simulation = Simulation(scheduler, subject.traffic, machine)
-    simulation.attach()
+    simulation = _simulation(subject, strategy, machine)
     steady = simulation.steady()
     ttft_s = {}
     for tokens in PROMPTS:
         beside = beside_products_s(subject.config, tokens, machine)
         simulation.idle()
         ttft_s[tokens] = simulation.run(1, tokens) + beside
-    return Forecast(steady, ttft_s, machine.engine_s)
+    gain = 0.0
+    if machine.turn_s and subject.copies:  # else the link is the limit, or nobody takes turns
+        under_mps = _simulation(subject, strategy, replace(machine, turn_s=0.0)).steady()
+        gain = max(0.0, 1 - under_mps.seconds / steady.seconds)
+    return Forecast(steady, ttft_s, machine.engine_s, gain)
+
+
+def _simulation(subject: Subject, strategy: Strategy, machine: Hardware) -> Simulation:
+    scheduler = Scheduler(
+        subject.plan, subject.sizes, subject.capacity, strategy,
+        copies=subject.copies, link_bytes=list(subject.traffic.packed),
+    )  # fmt: skip
+    simulation = Simulation(scheduler, subject.traffic, machine)
+    simulation.attach()
+    return simulation
 
 
 def beside_products_s(config: Mapping[str, Any], tokens: int, machine: Hardware) -> float:

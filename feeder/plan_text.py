@@ -14,6 +14,8 @@ from common.plan import Capacity
 from feeder.forecast import FIRST_PROMPT_S, PROMPTS, Forecast, Subject, Surroundings
 from feeder.topology import FAR_SHARE
 
+MPS_GAIN = 0.1  # of a token, above which it is worth a line
+
 
 def lines(
     subject: Subject, strategy: str, around: Surroundings, found: Forecast | None
@@ -67,6 +69,11 @@ def warnings(
         told.append(
             f"everything would fit: {format_bytes(sum(subject.sizes))} of slots for all"
             f" {len(subject.sizes)} weights, and the cache leaves some out: leave --cache out"
+        )
+    if found is not None and found.mps_gain > MPS_GAIN:
+        told.append(
+            f"MPS would save about {100 * found.mps_gain:.0f} % of each token, which two processes lose by"
+            " taking turns on the device: start it with nvidia-cuda-mps-control -d"
         )
     pcie = around.pcie
     if pcie is not None and pcie.reduced:

@@ -99,6 +99,15 @@ def test_a_resident_model_in_words() -> None:
     assert lines[2].endswith("; the limit is host time of the engine (98 % busy)")
 
 
+def test_mps_is_named_where_it_would_help() -> None:
+    """Where slots are filled from copies on the device, two processes take turns there all the time."""
+    near = dataclasses.replace(subject(4), copies=frozenset(range(20)))
+    (hint,) = plan_text.warnings(*told(near, "ring"))
+    assert hint.startswith("MPS would save about ") and "nvidia-cuda-mps-control -d" in hint
+    assert plan_text.warnings(*told(near, "ring", dataclasses.replace(GPU, mps=True))) == []
+    assert plan_text.warnings(*told(subject(4), "ring")) == []  # the link is the limit
+
+
 def test_part_of_a_model_stays() -> None:
     found = plan_text.as_json(*told(subject(13), "resident"))["predicted"]
     assert (found["resident_weights"], found["streamed_weights"]) == (5, 15)
