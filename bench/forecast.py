@@ -46,7 +46,7 @@ def compare(results: Results) -> list[dict[str, Any]]:
             )
         hardware = Hardware(link, ceilings[-1]["memory_bytes_per_s"])
         predicted = _predicted_ms(run["model"], setting, hardware)
-        measured = one["ms_per_token"]["median"]
+        measured = one["ms_per_token"]["median"]  # attention over a long context is not predicted
         figures = {"measured_ms": measured, "predicted_ms": round(predicted, 2)}
         error = round(predicted / measured - 1, 4)
         found.append({"setting": setting, **figures, "error": error})
@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
         for one in compared:
             setting = one["setting"]
             name = f"{setting['slots']}, {setting['strategy']}, {setting['cache']}"
-            line = f"{name:28} measured {one['measured_ms']:7.1f} ms, predicted"
+            name += f", context {setting['context']}" if setting["context"] else ""
+            line = f"{name:36} measured {one['measured_ms']:7.1f} ms, predicted"
             print(
                 f"{line} {one['predicted_ms']:7.1f}, {100 * one['error']:+.0f} %", file=sys.stderr
             )

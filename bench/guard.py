@@ -36,15 +36,22 @@ def limited(limit_s: float, look: Callable[[], object]) -> Iterator[None]:
         except WeightFeederError as error:
             raise _GivenUp(error) from error
 
-    old_alarm = signal.signal(signal.SIGALRM, overdue)
-    old_child = signal.signal(signal.SIGCHLD, child_ended)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        look()
-        yield
-    except _GivenUp as given_up:
-        raise given_up.error from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old_alarm)
+    old_alarm, old_child = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)
+
+    def restore() -> None:
         signal.signal(signal.SIGCHLD, old_child)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_alarm)  # whose default is the end: not before the timer's
+
+    try:
+        try:
+            signal.signal(signal.SIGALRM, overdue)
+            signal.signal(signal.SIGCHLD, child_ended)
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            look()
+            yield
+        finally:
+            restore()
+    except _GivenUp as given_up:
+        restore()  # which may have been cut off itself
+        raise given_up.error from None

@@ -47,15 +47,15 @@ class Speculation:
         streams: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.perf_counter,
         rounds: bool = False,
-        stepped: Callable[[], bool] = lambda: False,
+        most: Callable[[], int] = lambda: 1,
     ) -> None:
         """``streams``: whether weights cross the link in a pass; without that ``auto`` proposes nothing.
         ``clock``: seconds, for the cost of passes. ``rounds``: whether the model's own pass over several
         tokens rounds otherwise than passes over one; where it is made, ``auto`` leaves texts alone that are
-        to be the same again. ``stepped``: whether a step takes its place now, which does for each token what
-        it does for one alone: exactly the same, and nothing is saved by it but the link."""
+        to be the same again. ``most``: over up to how many tokens a step takes its place now, which does for
+        each what it does for one alone: exactly the same, and nothing is saved by it but the link."""
         self._asked, self._streams, self._clock = asked, streams, clock
-        self._rounds, self._stepped, self._repeatable = rounds, stepped, False
+        self._rounds, self._most, self._repeatable = rounds, most, False
         self._costs = Costs()
         self._looked_up = _Guess(Pace(self._costs))
         self._drafted = _Guess(Pace(self._costs, drafts=True))
@@ -80,7 +80,7 @@ class Speculation:
     @property
     def off(self) -> str:
         """Why nothing is proposed now, "" if it may be."""
-        auto, stepped = self._asked.mode == "auto", self._stepped()
+        auto, stepped = self._asked.mode == "auto", self._most() > 1
         if (auto or stepped) and not self._streams():
             return "all weights stay"
         if auto and self._repeatable and self._rounds and not stepped:
@@ -114,7 +114,9 @@ class Speculation:
         self.end()
         self._drafting_s, candidates = 0.0, []
         if limit > 0 and not self.resting:
-            candidates = self._candidates(min(limit, self._asked.most), draft)
+            most = self._most()
+            limit = min(limit, self._asked.most, most - 1 if most > 1 else limit)
+            candidates = self._candidates(limit, draft)
         self._checked, self._since = list(candidates), self._clock()
         self._width, self._tokens, self._taken = 1 + len(candidates), 0, 0
         return candidates

@@ -226,10 +226,10 @@ def _speculation(
     def streams() -> bool:
         return not (step is not None and step.graphed) and not client.stay(weights)
 
-    def stepped() -> bool:
-        return step is not None and step.most > asked.most
+    def most() -> int:
+        return step.most if step is not None else 1
 
-    return Speculation(asked, streams, rounds=device.type != "cpu", stepped=stepped)
+    return Speculation(asked, streams, rounds=device.type != "cpu", most=most)
 
 
 def _draft(

@@ -258,20 +258,33 @@ class Step:
                 multiply_each(self._plain(lanes, ys), _packed(linears, leases), bias, self._scratch)
             return
         first = 0
-        for number, linear in enumerate(linears):
-            last = first + linear.out_features
-            parts = [y[first:last] for y in ys]
-            part_bias = None if bias is None else bias[first:last]
-            first = last
-            lease = leases[number] if leases else self._client.acquire(linear.weight_index)
-            with self._until_read([lease]):
-                if lease.grant.format == PACKED:
-                    ones = self._plain(lanes, parts)
-                    multiply_each(ones, _packed([linear], [lease]), part_bias, self._scratch)
+        with self._until_read(leases or ()):
+            for number, linear in enumerate(linears):
+                last = first + linear.out_features
+                parts = [y[first:last] for y in ys]
+                part_bias = None if bias is None else bias[first:last]
+                first = last
+                if leases:
+                    self._multiply_by(linear, leases[number], lanes, part_bias, parts)
                     continue
-                for lane, part in zip(lanes, parts, strict=True):
-                    x = self._dense(lane.planes, lane.sums)
-                    part.copy_(linear.multiply(x, lease).view(-1))
+                lease = self._client.acquire(linear.weight_index)
+                with self._until_read([lease]):
+                    self._multiply_by(linear, lease, lanes, part_bias, parts)
+
+    def _multiply_by(
+        self,
+        linear: FedLinear,
+        lease: Lease,
+        lanes: list[Lane],
+        bias: torch.Tensor | None,
+        ys: list[torch.Tensor],
+    ) -> None:
+        if lease.grant.format == PACKED:
+            packed = _packed([linear], [lease])
+            multiply_each(self._plain(lanes, ys), packed, bias, self._scratch)
+            return
+        for lane, y in zip(lanes, ys, strict=True):
+            y.copy_(linear.multiply(self._dense(lane.planes, lane.sums), lease).view(-1))
 
     def _plain(self, lanes: list[Lane], ys: list[torch.Tensor]) -> list[One]:
         eps, count = self._config.rms_norm_eps, self._sum_count

@@ -16,6 +16,9 @@ from engine.dense_step import DenseStep, unfit
 from engine.lane import MOST_LANES
 from engine.step import Step, supports
 
+#: With dequantized slots a token of a pass costs four times the bytes and several times the launches.
+DENSE_LANES = 8
+
 
 class Steps:
     """Stands for one of two. ``useful``: whether a token may take it now; ``packed``: whether that is the
@@ -35,7 +38,9 @@ class Steps:
     @property
     def most(self) -> int:
         """Over up to how many tokens `several` takes a pass now, that gives what passes over one give."""
-        return MOST_LANES if self.useful else 1
+        if self.packed:
+            return MOST_LANES
+        return DENSE_LANES if self.useful else 1
 
     @property
     def graphed(self) -> bool:

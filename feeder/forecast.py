@@ -5,7 +5,7 @@ Pure arithmetic on figures that feeder/outlook.py finds; feeder/plan_text.py put
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,9 +135,9 @@ def _engine_us(subject: Subject) -> tuple[float, float]:
     return engine_us(packed, stays), forward_us(packed)
 
 
-def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecast:
-    """``strategy``: a fresh one, which the simulation may use up."""
-    simulation = _simulation(subject, strategy, machine)
+def forecast(subject: Subject, make: Callable[[], Strategy], machine: Hardware) -> Forecast:
+    """``make``: gives a fresh strategy, which a simulation may use up."""
+    simulation = _simulation(subject, make(), machine)
     steady = simulation.steady()
     ttft_s = {}
     for tokens in PROMPTS:
@@ -146,7 +146,7 @@ def forecast(subject: Subject, strategy: Strategy, machine: Hardware) -> Forecas
         ttft_s[tokens] = simulation.run(1, tokens) + beside
     gain = 0.0
     if machine.turn_s and subject.copies:  # else the link is the limit, or nobody takes turns
-        under_mps = _simulation(subject, strategy, replace(machine, turn_s=0.0)).steady()
+        under_mps = _simulation(subject, make(), replace(machine, turn_s=0.0)).steady()
         gain = max(0.0, 1 - under_mps.seconds / steady.seconds)
     return Forecast(steady, ttft_s, machine.engine_s, gain)
 

@@ -57,7 +57,8 @@ class Outlook:
         found = None
         if self._around.measured is not None:
             machine = f.hardware(self._around, staging_bytes, subject)
-            found = f.forecast(subject, make_strategy(strategy.spec or strategy.name), machine)
+            spec = strategy.spec or strategy.name
+            found = f.forecast(subject, lambda: make_strategy(spec), machine)
         of = (subject, strategy.name, self._around, found)
         told, warnings = plan_text.lines(*of), plan_text.warnings(*of)
         if plan_only:

@@ -24,8 +24,8 @@ from feeder.target import NOTHING, Listed, Recent, Window
 
 #: Bytes of slots that may be on their way over the link at once. Enough to keep it busy across the feeder's
 #: own latency; little enough that a weight nobody foresaw does not wait behind a long queue. A fill from a
-#: copy on the device takes a twentieth of the time: of those as many are begun as there are slots, since two
-#: processes take turns on the device, and each turn should be worth it.
+#: copy on the device takes a twentieth of the time: of those as many are begun as there are slots, up to one
+#: that has to wait for the link, since two processes take turns on the device, and a turn should be worth it.
 FILL_AHEAD_BYTES = 768 << 20
 FILL_AHEAD_COUNT = 8
 #: How far ahead of the slots is looked for what may be copied.

@@ -24,7 +24,8 @@ STREAM_WINDOW = 5
 #: The same where most fills come from copies on the device, and what a pass at least takes with so many, as a
 #: share of the time in which all would cross the link: what is left to hide is the hand-over, and that two
 #: processes take turns on the device. Of that a share is not hidden behind the link, either. Measured on an
-#: H100 with the 32B shape.
+#: H100 with the 32B shape: where the link is far slower, fewer slots and more copies may gain some
+#: percent.
 NEAR_SLOTS = ((16, 0.22), (8, 0.28), (STREAM_WINDOW, 0.65))
 NOT_HIDDEN = 0.1
 SPLIT_BITS = 8  # how finely memory is split between slots and copies: in parts of 1/256
@@ -62,9 +63,12 @@ class Resident(Cyclic):
         choices = []
         for streaming, least in NEAR_SLOTS:  # the link and the device work at the same time
             split = _Split(plan, sizes, packed_sizes, size_bytes, streaming)
-            best = max(split.smallest(), key=split.near_bytes, default=size_bytes)
-            cost = max(least, split.far_share(best)) + NOT_HIDDEN * least
-            choices.append((cost, split, best))
+            if arenas := split.smallest():
+                best = max(arenas, key=split.near_bytes)
+                cost = max(least, split.far_share(best)) + NOT_HIDDEN * least
+                choices.append((cost, split, best))
+        if not choices:
+            return frozenset()
         _, split, best = min(choices, key=lambda choice: choice[0])
         low, high = best, size_bytes  # the largest arena beside which all others have a copy
         while split.all_near(best) and high - low > size_bytes >> SPLIT_BITS:
@@ -77,10 +81,8 @@ class Resident(Cyclic):
         keep = _keep_by_count(plan, capacity.count)
         streaming = stream_slots(capacity.count, len(plan))
         if self.copied:
-            for (
-                streaming,
-                _,
-            ) in NEAR_SLOTS:  # the most that there is room for: `copies` has seen to that
+            # The most that there is room for: `copies` has seen to that.
+            for streaming, _ in NEAR_SLOTS:
                 keep = _keep_by_bytes(plan, sizes, capacity, streaming, self.copied)
                 if _split_bytes(plan, sizes, keep, streaming) <= capacity.size_bytes:
                     break

@@ -107,7 +107,8 @@ def test_a_file_that_is_none_of_ours(tmp_path: Path, text: str) -> None:
 
 def endures() -> None:
     """As the engine's client: it keeps what it takes for an error of its own."""
-    while True:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
         try:
             time.sleep(0.01)
         except WeightFeederError:
@@ -118,7 +119,7 @@ PREDICTED = [  # as docs/bench.md has it
     ("dequantized", "ring", "4"), ("dequantized", "ring", "16"), ("dequantized", "resident", "8GiB"),
     ("dequantized", "resident", "12GiB"), ("dequantized", "resident", "24GiB"),
     ("packed", "ring", "1"), ("packed", "ring", "16"), ("packed", "resident", "4GiB"),
-    ("packed", "resident", "128"), ("packed", "resident", "-1"),
+    ("packed", "resident", "-1"),
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from feeder.simulate import load_shape
 from feeder.simulation import Hardware, Simulation, Traffic
 from feeder.strategies.base import Strategy
 from feeder.strategies.registry import BUILT_IN, make_strategy
-from feeder.strategies.resident import NEAR_SLOTS
+from feeder.strategies.resident import NEAR_SLOTS, NOT_HIDDEN
 
 ELEMENTS = st.lists(st.integers(1, 400).map(lambda blocks: blocks * 128), min_size=2, max_size=24)
 
@@ -53,7 +53,7 @@ class Memory:
 
 @given(elements=ELEMENTS, data=st.data())
 @settings(deadline=None, max_examples=150)
-def test_resident_keeps_more_with_copies_and_nothing_twice(
+def test_resident_with_copies_keeps_nothing_twice_and_the_link_free(
     elements: list[int], data: st.DataObject
 ) -> None:
     sizes = [aligned(2 * count) for count in elements]
@@ -61,7 +61,11 @@ def test_resident_keeps_more_with_copies_and_nothing_twice(
     copies = memory.copies(make_strategy("resident"))
     keep = memory.scheduler(copies).strategy.keep
     assert not keep & copies
-    assert memory.near_bytes(copies) >= memory.near_bytes(frozenset())
+    # It crosses the link no more than without copies, or less than what few slots would cost in time.
+    near, before = memory.near_bytes(copies), memory.near_bytes(frozenset())
+    _, least = NEAR_SLOTS[-1]
+    far = 1 - near / sum(memory.packed)
+    assert near >= before or far <= (1 + NOT_HIDDEN) * least
     if memory.size_bytes >= sum(sizes):
         assert not copies and keep == frozenset(range(len(sizes)))
     # As many slots as are of use, and a copy of everything: then nothing need cross the link.

@@ -43,7 +43,7 @@ def subject(slots: int, count: int = 20, all_fit: bool = False) -> Subject:
 
 def told(what: Subject, strategy: str, around: Surroundings = GPU) -> tuple[Any, ...]:
     machine = hardware(around, staging_bytes=0)
-    return what, strategy, around, forecast(what, make_strategy(strategy), machine)
+    return what, strategy, around, forecast(what, lambda: make_strategy(strategy), machine)
 
 
 def test_hosts_are_scaled_by_how_fast_they_launch() -> None:
@@ -137,7 +137,7 @@ def test_a_prompt_takes_a_forward_pass_where_a_token_is_one_launch() -> None:
         Capacity(20, sum(sizes)), all_fit=True,
     )  # fmt: skip
     machine = hardware(GPU, 0, what)
-    found = forecast(what, make_strategy("resident"), machine)
+    found = forecast(what, lambda: make_strategy("resident"), machine)
     assert machine.engine_s == 0 < machine.prompt_s
     assert found.steady.seconds == pytest.approx(20 * 8650752 / (FUSED_SHARE * 1e12), rel=0.01)
     assert found.ttft_s[16] == pytest.approx(20 * machine.prompt_s, rel=0.05)

@@ -148,7 +148,9 @@ def test_which_texts_can_be_had_again(
     model: Qwen2ForCausalLM, sampled: bool, seeded: bool, repeatable: bool, stepped: bool
 ) -> None:
     """Those of which ``auto`` keeps away where a pass over several tokens rounds otherwise."""
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=lambda: stepped)
+    speculation = Speculation(
+        Speculate(), clock=lambda: 0.0, rounds=True, most=lambda: 16 if stepped else 1
+    )
     options = {"do_sample": sampled, "max_new_tokens": 60, "eos_token_id": None}
     generate(model, [2, 3] * 4, loop(speculation), seeded=seeded, **options)
     assert bool(speculation.off) == (repeatable and not stepped)
@@ -157,17 +159,17 @@ def test_which_texts_can_be_had_again(
 
 def test_auto_asks_before_each_pass_whether_a_step_makes_it() -> None:
     """Another kind of slots may change that."""
-    answers = iter([True, True, True, False, True])
-    stepped = lambda: next(answers)  # noqa: E731
-    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, stepped=stepped)
+    now = [16]
+    speculation = Speculation(Speculate(), clock=lambda: 0.0, rounds=True, most=lambda: now[0])
     speculation.begin([3, 4, 5] * 9)
     found = []
-    for _ in range(5):
+    for now[0] in (16, 16, 16, 1, 3):
         candidates = speculation.propose(4)
-        found.append(bool(candidates))
+        found.append(len(candidates))
         for token in candidates or [3]:
             speculation.add(token)
-    assert found == [False, False, True, False, True]  # first a pass of one is measured
+    assert found[:2] == [0, 0]  # first a pass of one is measured
+    assert found[2] > 2 and found[3:] == [0, 2]  # no more than the step takes beside the newest
 
 
 class Proposing(Speculation):

@@ -63,7 +63,9 @@ def test_it_takes_no_more_room_the_longer_an_engine_runs() -> None:
     ],
 )
 def test_where_nothing_was_checked(asked: str, streams: bool, stepped: bool, said: str) -> None:
-    speculation = Speculation(Speculate.parse(asked), lambda: streams, stepped=lambda: stepped)
+    speculation = Speculation(
+        Speculate.parse(asked), lambda: streams, most=lambda: 8 if stepped else 1
+    )
     figures = speculation.figures()
     assert candidates_said(figures) == said
     assert bool(figures["speculation_off"]) == ("off" in said)

@@ -69,7 +69,7 @@ def test_what_is_wanted_and_has_no_slot_comes_first() -> None:
     assert scheduler.upcoming(PLENTY, [1] * 20)[0] == 17
 
 
-def test_only_fills_over_the_link_wait_for_each_other() -> None:
+def test_fills_from_copies_are_not_counted_with_those_over_the_link() -> None:
     def begun(link_bytes: list[int]) -> list[int]:
         capacity = Capacity(30, 30 * 512)
         scheduler = Scheduler(
