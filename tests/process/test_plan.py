@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from feeder.strategies.resident import stream_slots
 from tests.processes import Room, assert_refused
 
 
@@ -38,7 +39,7 @@ def test_the_plan_as_json(room: Room, demo_store: Path) -> None:
     )
     predicted = plan["predicted"]
     assert predicted["resident_weights"] + predicted["streamed_weights"] == 57
-    assert predicted["resident_weights"] == 12 - 4
+    assert predicted["resident_weights"] == 12 - stream_slots(12, 57)
     least_ms = max(predicted[part] for part in ("link_ms", "host_ms"))
     assert predicted["ms_per_token"] >= 0.98 * least_ms > 0
     assert predicted["tok_per_s"] == pytest.approx(1000 / predicted["ms_per_token"])

@@ -15,6 +15,7 @@ from bench import timeline
 from bench.trace_read import Trace, load
 from common import protocol as p
 from common.store import Store
+from feeder.strategies.resident import stream_slots
 from tests import lives
 from tests.process.test_launch import DEMO_TEXT, summary_of
 from tests.processes import Room, assert_refused, until
@@ -111,7 +112,7 @@ def test_the_text_and_the_figures_of_timeline(room: Room, demo_store: Path, tmp_
         found = re.search(rf"^  {leg} +(\d+) +([\d.-]+)", shown.out, re.M)
         assert found is not None and int(found[1]) > 100
     standing = [i for i in trace.instants["feeder: messages"] if i.args.get("standing")]
-    assert len(standing) == 8  # 12 slots less the four through which the rest cycles
+    assert len(standing) == 12 - stream_slots(12, 57)  # less those through which the rest cycles
 
 
 def test_two_terminals_a_swap_and_a_killed_feeder(
