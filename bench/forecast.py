@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.record import Results
-from common.config import Cache
 from common.entry import run_process
 from common.errors import UsageError
-from common.formats import PACKED, slot_bytes
 from common.parser import Parser
-from common.plan import Plan
 from common.shapes import SHAPES
-from feeder.arena import aligned
-from feeder.budget import Request
-from feeder.simulate import SLOT_BYTES, load_shape, predict
+from feeder.simulate import load_shape, predict, request_for
 from feeder.simulation import Hardware
 
 
@@ -55,10 +49,7 @@ def compare(results: Results) -> list[dict[str, Any]]:
 
 def _predicted_ms(shape: str, setting: dict[str, Any], hardware: Hardware) -> float:
     names, elements = load_shape(shape)
-    slots = setting["slots"]
-    sizes = [aligned(slot_bytes(slots, count, SLOT_BYTES)) for count in elements]
-    request = Request(Plan(tuple(range(len(names)))), sizes, names, Cache.parse(setting["cache"]))
-    packed: Sequence[int] = range(len(names)) if slots == PACKED else ()
+    request, packed = request_for(names, elements, setting["slots"], setting["cache"])
     return predict(request, elements, setting["strategy"], hardware, packed).ms
 
 

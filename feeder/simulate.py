@@ -18,7 +18,7 @@ from common.config import Cache, format_bytes, parse_size
 from common.entry import run_process
 from common.errors import UsageError
 from common.families import expected_tensors
-from common.formats import DEQUANTIZED, FORMATS, PACKED, slot_bytes
+from common.formats import FORMATS, PACKED, slot_bytes
 from common.parser import Parser
 from common.plan import Capacity, Plan
 from common.shapes import SHAPES
@@ -107,14 +107,19 @@ def load_shape(text: str) -> tuple[list[str], list[int]]:
     raise UsageError(f"shape {text!r} is neither a store nor one of {', '.join(SHAPES)}")
 
 
+def request_for(
+    names: Sequence[str], elements: Sequence[int], slots: str, cache: str
+) -> tuple[Request, Collection[int]]:
+    """What `predict` takes where all weights have slots of one format, and which of them are packed."""
+    sizes = [aligned(slot_bytes(slots, count, SLOT_BYTES)) for count in elements]
+    request = Request(Plan(tuple(range(len(names)))), sizes, names, Cache.parse(cache))
+    return request, range(len(names)) if slots == PACKED else ()
+
+
 def simulate(arguments: argparse.Namespace) -> None:
     """Print what was asked for on stdout."""
     names, elements = load_shape(arguments.shape)
-    slots = PACKED if arguments.slots == PACKED else DEQUANTIZED
-    sizes = [aligned(slot_bytes(slots, count, SLOT_BYTES)) for count in elements]
-    packed_slots = range(len(names)) if slots == PACKED else ()
     packed = sum(packed_bytes(count) for count in elements)
-    plan = Plan(tuple(range(len(names))))
     _check(arguments)
     hardware = Hardware(
         arguments.link * 1e9,
@@ -134,7 +139,7 @@ def simulate(arguments: argparse.Namespace) -> None:
     print("cache     slots      hits   streamed      ms/token   tok/s")
     rows = []
     for cache in caches:
-        request = Request(plan, sizes, names, Cache.parse(cache))
+        request, packed_slots = request_for(names, elements, arguments.slots, cache)
         found = predict(
             request, elements, arguments.strategy, hardware, packed_slots, arguments.engine_us
         )
