@@ -17,7 +17,7 @@ from multiprocessing.reduction import DupFd
 from typing import IO, Any
 
 FORKED = os.environ.get("WEIGHT_FEEDER_TEST_FORK") == "1"
-MODULES = ("feeder", "engine")
+MODULES = ("feeder", "engine", "tests.process.gated")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])

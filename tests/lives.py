@@ -1,7 +1,8 @@
 """Two processes with lives of their own: an engine's text, disturbances, and how many of them.
 
 ``WEIGHT_FEEDER_CHAOS=full`` raises the numbers; ``WEIGHT_FEEDER_TEST_DEVICE=cuda`` runs the same
-tests on a GPU.
+tests on a GPU, with ``WEIGHT_FEEDER_TEST_SLOTS=packed`` or ``dequantized``: there a product is rounded
+otherwise if its weight is packed, so that a text has one or the other throughout.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from tests.processes import PATIENCE_S, Process, Room, until
 DEVICE = os.environ.get("WEIGHT_FEEDER_TEST_DEVICE", "cpu")
 FULL = os.environ.get("WEIGHT_FEEDER_CHAOS") == "full"
 STRATEGIES = ("ring", "resident", "on-demand")
-SLOTS = ("packed", "dequantized")
+#: Those that give the same text.
+SLOTS = (
+    ("packed", "dequantized")
+    if DEVICE == "cpu"
+    else (os.environ.get("WEIGHT_FEEDER_TEST_SLOTS", "packed"),)
+)
+LAYERS = 2 if DEVICE == "cpu" else 32  # so that a token takes some milliseconds on either
 LONGEST = 4000 if FULL else 700  # tokens
 
 #: Some processes are started ahead of their use, as far as there are cores for them.
@@ -38,8 +45,9 @@ def count(default: int, full: int) -> int:
 
 
 def feeder_flags(
-    store: Path, cache: object = 5, strategy: str = "ring", slots: str = "auto"
+    store: Path, cache: object = 5, strategy: str = "ring", slots: str = ""
 ) -> list[str]:
+    slots = slots or ("auto" if len(SLOTS) > 1 else SLOTS[0])
     return [
         f"--model={store}", f"--cache={cache}", f"--strategy={strategy}", f"--slots={slots}",
         f"--device={DEVICE}",
@@ -126,7 +134,7 @@ class Ahead:
     def _refill(self) -> None:
         while self._left and len(self._waiting) < AHEAD:
             gate = self._room.path / f"{self._module}-{self._left}.gate"
-            process = self._room.start("-m", "tests.process.gated", gate, self._module)
+            process = self._room.start("-m", "tests.process.gated", gate, self._module, DEVICE)
             self._waiting.append((process, gate))
             self._left -= 1
 

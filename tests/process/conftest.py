@@ -48,7 +48,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model that goes on for as long as it is asked to. Slots may be packed."""
     path = tmp_path_factory.mktemp("long")
-    checkpoint = make_checkpoint(path / "model", hidden=128, intermediate=192)
+    checkpoint = make_checkpoint(path / "model", hidden=128, intermediate=192, layers=lives.LAYERS)
     edit_config(checkpoint, max_position_embeddings=2 * lives.LONGEST)
     (checkpoint / "generation_config.json").write_text('{"bos_token_id": 0}')
     quantize_checkpoint(checkpoint, path / "store", "cpu", progress=False)
@@ -59,7 +59,7 @@ def long_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def long_text(long_store: Path) -> list[str]:
     """The tokens of an undisturbed generation; that of fewer tokens begins in the same way."""
     with processes.room() as place:
-        place.feeder(*lives.feeder_flags(long_store, cache=-1, slots="dequantized"))
+        place.feeder(*lives.feeder_flags(long_store, cache=-1, slots=lives.SLOTS[-1]))
         ended = place.engine(*lives.engine_flags(lives.LONGEST)).wait()
     assert ended.code == 0, ended.err
     tokens = ended.out.split()

@@ -1,6 +1,6 @@
-"""``python -m tests.process.gated GATE MODULE``: a process that was started ahead of its use.
+"""``python -m tests.process.gated GATE MODULE DEVICE``: a process that was started ahead of its use.
 
-Imports what takes long, waits for the file GATE, a JSON list of flags, and goes on as
+Imports what takes long, and opens the device, waits for the file GATE, a JSON list of flags, and goes on as
 ``python -m MODULE FLAGS``.
 """
 
@@ -19,9 +19,13 @@ SLOW = {
 }
 
 if __name__ == "__main__":
-    gate, module = Path(sys.argv[1]), sys.argv[2]
+    gate, module, device = Path(sys.argv[1]), *sys.argv[2:]
     for name in SLOW[module]:
         importlib.import_module(name)
+    if device != "cpu":
+        import torch
+
+        torch.zeros(1, device=device)
     while not gate.exists():
         time.sleep(0.002)
     sys.argv[1:] = json.loads(gate.read_text())

@@ -30,11 +30,11 @@ def test_either_order_and_one_after_the_other(
     advice = re.search(r"start one with: python (.*)", engine.err)
     assert advice is not None and "--model STORE" in advice[1]
     words = shlex.split(advice[1].replace("STORE", shlex.quote(str(long_store))))
-    feeder = room.start(*words, f"--device={lives.DEVICE}")
+    feeder = room.start(*words, *lives.feeder_flags(long_store)[-2:])  # slots and device
     ended = engine.wait()
     assert ended.code == 0 and ended.out.split() == long_text[:60], ended.err
     assert engine.err.count("waiting for a feeder") == 1
-    # All 15 weights lie in slots now: for the next engine nothing is loaded, pinned or filled.
+    # All weights lie in slots now: for the next engine nothing is loaded, pinned or filled.
     before = lives.status(room, "mine")
     assert before["fills"] == len(Store.open(long_store).weights)
     second = room.engine("--name=mine", *lives.engine_flags(60)).wait()

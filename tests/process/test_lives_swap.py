@@ -62,7 +62,7 @@ def test_swaps_at_random_moments_leave_the_text_as_it_is(
     engine = room.engine(*lives.engine_flags(TOKENS))
     lives.until_generating(engine)
     pid = lives.status(room)["engine_pid"]
-    seen, held = set(), "packed"
+    seen, held = set(), lives.SLOTS[0]
     for number in range(SWAPS):
         strategy, cache = generator.choice(lives.STRATEGIES), generator.choice(CACHES)
         slots = generator.choice(("", *lives.SLOTS))
@@ -75,7 +75,7 @@ def test_swaps_at_random_moments_leave_the_text_as_it_is(
         seen.add((strategy, fields["slots"], held))
         lives.pause(generator.random() * 0.15)
     assert engine.popen.poll() is None, f"the generation is too short for {SWAPS} swaps"
-    assert len(seen) > SWAPS // 4  # not always the same one
+    assert len(seen) > min(SWAPS // 4, 8 * len(lives.SLOTS))  # not always the same one
     assert {held for *_, held in seen} == {*lives.SLOTS}
     ended = engine.wait()
     assert ended.code == 0, ended.err
@@ -175,6 +175,7 @@ def test_a_strategy_from_a_file_that_fails_after_a_while(
 
 
 def test_status_and_stop(room: Room, long_store: Path) -> None:
+    total = len(Store.open(long_store).weights)
     feeder = room.feeder(*lives.feeder_flags(long_store, cache=4))
     engine = room.engine(*lives.engine_flags(lives.LONGEST))
     lives.until_generating(engine)
@@ -184,7 +185,7 @@ def test_status_and_stop(room: Room, long_store: Path) -> None:
     rows = {line[:9].strip(): line[10:] for line in table.wait().out.splitlines()}
     assert list(rows) == ["feeder", "store", "strategy", "slots", "hit rate", "link", "engine"]
     assert f"pid {feeder.pid}" in rows["feeder"]
-    assert str(long_store) in rows["store"] and "15 weights" in rows["store"]
+    assert str(long_store) in rows["store"] and f"{total} weights" in rows["store"]
     assert "ring, cache 4: 4 weights in" in rows["strategy"]
     assert "in use" in rows["slots"] and "%" in rows["hit rate"] and "GB/s" in rows["link"]
     assert f"pid {engine.pid}" in rows["engine"] and "stalled" in rows["engine"]
