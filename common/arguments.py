@@ -28,7 +28,7 @@ SECTIONS = {
     "memory and weights": ("cache", "vram", "context", "strategy", "slots", "device", "dtype"),
     "speed": ("batch", "speculate", "attention", "no_step", "wait_full", "keep_store"),
     "looking inside": ("plan", "trace", "profile", "verify", "debug", "debugpy"),
-    "processes": ("name", "feeder_only", "engine_only"),
+    "processes": ("name", "feeder_only", "engine_only", "standby"),
 }  # fmt: skip
 
 #: Flags that few need: --help-all shows them, and docs/cli.md.

@@ -17,7 +17,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -167,6 +167,24 @@ class Lock:
         os.ftruncate(fd, 0)
         os.write(fd, str(os.getpid()).encode())
         self._fd = fd
+
+    def acquire_after_others(self, on_wait: Callable[[int], None]) -> None:
+        """Wait until the processes that hold it have ended; ``on_wait`` is told the pid of each."""
+        while True:
+            try:
+                return self.acquire()
+            except UsageError:
+                pid = self.holder(self._path)
+            try:
+                fd = watch(pid) if pid is not None else -1
+            except PeerError:  # it has ended meanwhile
+                continue
+            if fd >= 0:
+                on_wait(pid or 0)
+                try:
+                    select.select([fd], [], [])
+                finally:
+                    os.close(fd)
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -32,6 +32,10 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--plan", action="store_true", help="say what to expect, and serve nothing")
     parser.add_argument("--json", action="store_true", help="the plan as JSON")
+    parser.add_argument(
+        "--standby", action="store_true",
+        help="start now, and serve when the feeder of this name has ended",
+    )  # fmt: skip
     add_feeder(parser)
     add_common(parser)
     return parser
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.plan:
         parser.error("--json is for --plan")
+    if arguments.standby and arguments.plan:
+        parser.error("--standby is for a feeder that serves, and --plan serves nothing")
 
     def work(leash: Leash) -> None:
         from feeder.start import serve

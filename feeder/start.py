@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,16 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(remove_run_directory, directory)
         lock = Lock(directory / "feeder.lock", "feeder")
         stack.callback(lock.release)
-        lock.acquire()
+        if arguments.standby:
+            if arguments.device != "cpu":
+                with suppress(ImportError):  # whoever needs it will say so
+                    import_module("cuda.bindings.driver")
+            with leash.guarding():
+                lock.acquire_after_others(
+                    lambda pid: log.info("standing by for feeder %r, pid %d", arguments.name, pid)
+                )
+        else:
+            lock.acquire()
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
         with leash.guarding():  # it takes a while, and nobody listens yet

@@ -14,7 +14,7 @@ from common.store import Store
 from feeder.quantize import quantize_checkpoint
 from tests import lives
 from tests.checkpoints import make_checkpoint
-from tests.processes import Process, Room, until
+from tests.processes import Process, Room, lock_holder, until
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -216,3 +216,31 @@ def test_a_kept_host_store_that_was_damaged(
     assert ended.code == 0 and ended.out.split() == long_text[:20], ended.err
     lives.stop(room, feeder, name)
     assert room.shared_entries() == before
+
+
+def test_a_feeder_that_stands_by(room: Room, long_store: Path, long_text: list[str]) -> None:
+    """It takes over from one that is killed, and another from itself when it is told to end."""
+    flags, name = lives.feeder_flags(long_store), room.name
+    first = room.feeder(*flags, "--keep-store", name=name)
+    engine = room.engine(*lives.engine_flags(300), f"--name={name}")
+    spare = room.start("-m", "feeder", *flags, f"--name={name}", "--standby", "--keep-store")
+    spare.until_said(f"standing by for feeder '{name}', pid {first.pid}")
+    lives.until_generating(engine)
+    assert lock_holder(room, "feeder", name) == first.pid
+    kill(first)
+    engine.until_said(f"feeder {spare.pid} takes over; going on")
+    assert "the host store that a former feeder kept is used again" in spare.err
+    last = room.start("-m", "feeder", *flags, f"--name={name}", "--standby")
+    unused = room.start("-m", "feeder", *flags, f"--name={name}", "--standby")
+    for one in (last, unused):
+        one.until_said(f"standing by for feeder '{name}', pid {spare.pid}")
+    assert unused.stop().code == 128 + signal.SIGTERM
+    lives.stop(room, spare, name)
+    engine.until_said(f"feeder {last.pid} takes over; going on")
+    ended = engine.wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+    lives.stop(room, last, name)
+    # Where nobody is, there is nobody to wait for.
+    alone = room.feeder(*flags, "--standby", name=name)
+    assert "standing by" not in alone.err
+    lives.stop(room, alone, name)
