@@ -12,6 +12,7 @@ from math import gcd
 from engine.w4a16 import TokensCut
 
 FEW = 640  # programs: so few that K is split
+FEWER = 512  # programs of a split product: so few that each gets more warps
 
 
 @cache
@@ -21,9 +22,9 @@ def tokens_cut(rows: tuple[int, ...], columns: int) -> TokensCut:
     size = 64 if total * columns >= 1 << 27 else 32
     while common % size:
         size //= 2
-    parts = min(8, _power_of_two(columns / 128 / 10))
+    parts = min(8, _power_of_two(columns / 128 / 5))
     split = total // size < FEW
-    warps = 4 if split and size == 64 else 2
+    warps = 4 if split and (size == 64 or total // size * parts < FEWER) else 2
     return TokensCut(size, parts, split, warps, 3 if size == 64 else 4)
 
 

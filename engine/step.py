@@ -41,6 +41,7 @@ from engine.one_token import (
     combine_kernel,
     glu_kernel,
 )
+from engine.repeated import Repeated
 from engine.w4a16 import Epilogue, One, Scratch, dependent_launch, multiply_each, ring_parts
 
 BEGIN_SIZE = 64
@@ -350,19 +351,28 @@ class Step:
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
             "num_warps": attention_warps(self._dim),
         }  # fmt: skip
+        launches: dict[tuple[int, bool], tuple[Repeated, Repeated]] = {}
         for lane in lanes:
-            tiles = lane.tiles
-            chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
-            attention_kernel[(self._kv, chunks)](
+            kind = lane.tiles, self._pdl and lane is lanes[0]
+            if kind not in launches:
+                tiles, early = kind
+                chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
+                launches[kind] = (
+                    Repeated(
+                        attention_kernel, (self._kv, chunks), TILE=TILE_TOKENS, TILES=tiles,
+                        HEAD_NORM=layer.head_norms is not None, launch_pdl=early, **shape,
+                    ),
+                    Repeated(
+                        combine_kernel, (self._heads,), CHUNK=TILE_TOKENS * tiles,
+                        launch_pdl=self._pdl, **shape,
+                    ),
+                )  # fmt: skip
+            attend, combine = launches[kind]
+            attend(
                 lane.qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory,
                 lane.position, self._partial, self._peaks, past.capacity, self._dim**-0.5,
-                TILE=TILE_TOKENS, TILES=tiles, HEAD_NORM=layer.head_norms is not None,
-                launch_pdl=self._pdl and lane is lanes[0], **shape,
             )  # fmt: skip
-            combine_kernel[(self._heads,)](
-                self._partial, self._peaks, lane.position, lane.planes_out,
-                CHUNK=TILE_TOKENS * tiles, launch_pdl=self._pdl, **shape,
-            )  # fmt: skip
+            combine(self._partial, self._peaks, lane.position, lane.planes_out)
 
     def _begin(self, lane: Lane, x: torch.Tensor, norm: torch.Tensor) -> None:
         count = x.numel() // BEGIN_SIZE

@@ -24,6 +24,7 @@ from common.formats import RUN, packable
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed_weight import Packed
+from engine.repeated import Repeated
 from engine.ring import TILE, UNIT, ring_kernel
 
 MAX_WEIGHTS = 3
@@ -332,14 +333,14 @@ def multiply_each(
         "PDL": first.pdl, "EARLY": cut.early, "ASM": not interpreted(),
         "num_warps": cut.warps, "maxnreg": cut.registers, "launch_pdl": first.pdl,
     }  # fmt: skip
-    launch = ring_kernel[(slices * parts,)]
+    launch = Repeated(ring_kernel, (slices * parts,), **options)
     for planes, y, epilogue in ones:
         unused = scratch.parts if y is None else y
         launch(
             planes, codes, scales, bias if bias is not None else unused, unused, scratch.parts,
             scratch.counters, *places, rows[0] if glu else total, tiles,
             epilogue.sums, sum_count, epilogue.eps, epilogue.hidden, epilogue.norm,
-            epilogue.planes, epilogue.next_sums, **options,
+            epilogue.planes, epilogue.next_sums,
         )  # fmt: skip
     return tiles
 

@@ -122,6 +122,14 @@ class HostStore:
         log.debug("checked and page-locked in %.1f s", time.monotonic() - start)
         return cls(store, shared, unpin)
 
+    def named(self, name: str) -> bool:
+        """Whether this memory has the ``name`` in /dev/shm."""
+        try:
+            found = os.stat(SHM_DIRECTORY / name, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._shared.fd))
+
     def close(self) -> None:
         self._unpin()
         self.tensor = torch.empty(0, dtype=torch.uint8)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-from contextlib import ExitStack, suppress
-from importlib import import_module
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +59,22 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
         stack.callback(remove_run_directory, directory)
         lock = Lock(directory / "feeder.lock", "feeder")
         stack.callback(lock.release)
-        if arguments.standby:
-            if arguments.device != "cpu":
-                with suppress(ImportError):  # whoever needs it will say so
-                    import_module("cuda.bindings.driver")
-            with leash.guarding():
-                lock.acquire_after_others(
-                    lambda pid: log.info("standing by for feeder %r, pid %d", arguments.name, pid)
-                )
-        else:
+        if not arguments.standby:
             lock.acquire()
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
-        with leash.guarding():  # it takes a while, and nobody listens yet
-            host = _host_store(store, memory, arguments)
+        with leash.guarding(), ExitStack() as unused:  # it takes a while, and nobody listens yet
+            early = None
+            if arguments.standby:
+                early = _kept_store(store, memory, arguments.name, again=True)
+                if early is not None:
+                    unused.callback(early.close)
+                lock.acquire_after_others(
+                    lambda pid: log.info("standing by for feeder %r, pid %d", arguments.name, pid)
+                )
+            host = _host_store(store, memory, arguments, early)
+            if host is early:
+                unused.pop_all()
         stack.callback(host.close)
         if arguments.keep_store:
             stack.callback(
@@ -143,23 +144,47 @@ def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:
     return getattr(torch, asked)
 
 
-def _host_store(store: Store, memory: Memory, arguments: argparse.Namespace) -> HostStore:
-    """Adopted from a former feeder if it left one of the same store, else loaded."""
-    prefix = f"weight-feeder,{os.getuid()},{arguments.name},"  # a --name has no commas
-    name = f"{prefix}{store.fingerprint},{LAYOUT_VERSION}"
+def _host_store(
+    store: Store, memory: Memory, arguments: argparse.Namespace, early: HostStore | None
+) -> HostStore:
+    """Adopted from a former feeder if it left one of the same store, else loaded. ``early``: what was
+    adopted before the feeder that keeps it has ended."""
+    prefix = _prefix(arguments.name)
+    name = _kept_name(arguments.name, store)
     for left in SHM_DIRECTORY.glob(f"{glob.escape(prefix)}*"):
         ours = left.lstat().st_uid == os.getuid()
         if ours and left.name != name:  # of another store, or half-loaded; we have the lock
             left.unlink(missing_ok=True)
-    try:
-        adopted = HostStore.adopt(store, memory, name)
-    except StoreCorruptError as error:
-        log.warning("the host store that a former feeder kept is damaged: %s; loading again", error)
-        (SHM_DIRECTORY / name).unlink(missing_ok=True)
-        adopted = None
+    adopted = early
+    if early is None or not early.named(name):  # or others have come and gone, and replaced it
+        adopted = _kept_store(store, memory, arguments.name)
     if adopted is not None:
         log.info("the host store that a former feeder kept is used again")
         if not arguments.keep_store:  # it is ours now, and ends with us
             (SHM_DIRECTORY / name).unlink(missing_ok=True)
         return adopted
     return HostStore.load(store, memory, name if arguments.keep_store else None)
+
+
+def _kept_store(store: Store, memory: Memory, name: str, again: bool = False) -> HostStore | None:
+    """What a former feeder called ``name`` left of the store; what is damaged is removed, unless it is to be
+    looked at ``again``."""
+    kept = _kept_name(name, store)
+    try:
+        return HostStore.adopt(store, memory, kept)
+    except StoreCorruptError as error:
+        if not again:
+            log.warning(
+                "the host store that a former feeder kept is damaged: %s; loading again", error
+            )
+            (SHM_DIRECTORY / kept).unlink(missing_ok=True)
+        return None
+
+
+def _prefix(name: str) -> str:
+    """How names in /dev/shm begin that belong to feeders called ``name``, which has no commas."""
+    return f"weight-feeder,{os.getuid()},{name},"
+
+
+def _kept_name(name: str, store: Store) -> str:
+    return f"{_prefix(name)}{store.fingerprint},{LAYOUT_VERSION}"

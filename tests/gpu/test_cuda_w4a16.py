@@ -81,6 +81,20 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     assert not scratch.counters.any()
 
 
+@pytest.mark.parametrize("rows, columns", [([5120, 1024, 1024], 5120), ([9216, 9216], 5120)])
+def test_what_is_granted_together_does_not_show_to_several_tokens(
+    rows: list[int], columns: int
+) -> None:
+    """However the products are cut, which depends on how many rows there are."""
+    weights, _ = pack_side_by_side(rows, columns, "cuda", seed=columns)
+    scratch = Scratch(torch.device("cuda"))
+    for tokens in (2, 5, 16):
+        x = torch.randn(tokens, columns, device="cuda").bfloat16()
+        together = multiply(x, weights, None, scratch)
+        alone = [multiply(x, [weight], None, scratch) for weight in weights]
+        assert torch.equal(torch.cat(alone, 1), together), tokens
+
+
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest error, by the largest value."""
     return float((found.double() - expected).abs().max() / expected.abs().max())
