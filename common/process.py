@@ -33,6 +33,8 @@ LEASH_VARIABLE = "WEIGHT_FEEDER_LEASH"
 ENGINE_LOCK = "engine.lock"
 MODEL_LOCK = "model.lock"
 
+LOOK_S = 1.0  # how often who waits for a lock looks round
+
 
 def run_path(name: str) -> Path:
     """Where the run directory of ``name`` is or would be. UsageError if no such name can be."""
@@ -168,23 +170,27 @@ class Lock:
         os.write(fd, str(os.getpid()).encode())
         self._fd = fd
 
-    def acquire_after_others(self, on_wait: Callable[[int], None]) -> None:
-        """Wait until the processes that hold it have ended; ``on_wait`` is told the pid of each."""
+    def acquire_after_others(self, look: Callable[[int], None]) -> None:
+        """Wait until the processes that hold it have ended. ``look`` is called about every second with the
+        pid of the holder, 0 if that cannot be found out."""
         while True:
             try:
                 return self.acquire()
             except UsageError:
-                pid = self.holder(self._path)
+                pid = self.holder(self._path) or 0
+            look(pid)
             try:
-                fd = watch(pid) if pid is not None else -1
-            except PeerError:  # it has ended meanwhile
+                fd = watch(pid)
+            except PeerError:  # it has just ended, or lives where we cannot see it
+                time.sleep(LOOK_S)
                 continue
-            if fd >= 0:
-                on_wait(pid or 0)
-                try:
-                    select.select([fd], [], [])
-                finally:
-                    os.close(fd)
+            try:
+                while self.holder(self._path) == pid:
+                    if select.select([fd], [], [], LOOK_S)[0]:
+                        break
+                    look(pid)
+            finally:
+                os.close(fd)
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -17,17 +17,17 @@ class Repeated:
     def __init__(self, kernel: Any, grid: tuple[int, ...], **options: Any) -> None:
         """``options``: constants and the launch's options, by name."""
         self._kernel, self._grid, self._options = kernel, grid, options
+        self._found: Any = None
         self._again: Callable[..., object] | None = None
         self._constants: tuple[Any, ...] = ()
 
     def __call__(self, *operands: Any) -> None:
         """Queue it on the current stream. ``operands``: those that are no constants, in order."""
-        if self._again is not None:
-            self._again(*operands, *self._constants)
+        if self._found is None:  # at first, and in the interpreter, which compiles nothing
+            self._found = self._kernel[self._grid](*operands, **self._options)
             return
-        found = self._kernel[self._grid](*operands, **self._options)
-        if found is None:  # the interpreter compiles nothing
-            return
-        names = self._kernel.arg_names[len(operands) :]
-        self._constants = tuple(self._options[name] for name in names)
-        self._again = found[(*self._grid, 1, 1)[:3]]
+        if self._again is None:
+            names = self._kernel.arg_names[len(operands) :]
+            self._constants = tuple(self._options[name] for name in names)
+            self._again = self._found[(*self._grid, 1, 1)[:3]]
+        self._again(*operands, *self._constants)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from common.config import Cache, batch_of, parse_size
-from common.errors import StoreCorruptError, StoreError, UsageError
+from common.errors import StoreError, UsageError
 from common.formats import PACKED
 from common.log import log
 from common.memory import Memory, memory_for
@@ -31,7 +29,8 @@ from common.wait import Wakeup
 from feeder.draft_memory import DraftMemory
 from feeder.filler import filler_for
 from feeder.footprint import Limits
-from feeder.host import LAYOUT_VERSION, HostStore
+from feeder.host import HostStore
+from feeder.kept import Standby, host_store
 from feeder.outlook import Outlook
 from feeder.plan_text import room_text
 from feeder.recorder import TracingRecorder
@@ -63,18 +62,13 @@ def serve(arguments: argparse.Namespace, leash: Leash) -> None:
             lock.acquire()
         memory = memory_for(arguments.device)
         dtype = _dtype(arguments.dtype, store, memory)
-        with leash.guarding(), ExitStack() as unused:  # it takes a while, and nobody listens yet
-            early = None
+        with leash.guarding():  # it takes a while, and nobody listens yet
+            standby = None
             if arguments.standby:
-                early = _kept_store(store, memory, arguments.name, again=True)
-                if early is not None:
-                    unused.callback(early.close)
-                lock.acquire_after_others(
-                    lambda pid: log.info("standing by for feeder %r, pid %d", arguments.name, pid)
-                )
-            host = _host_store(store, memory, arguments, early)
-            if host is early:
-                unused.pop_all()
+                standby = Standby(store, memory, arguments.name)
+                stack.callback(standby.close)
+                standby.wait(lock)
+            host = host_store(store, memory, arguments.name, arguments.keep_store, standby)
         stack.callback(host.close)
         if arguments.keep_store:
             stack.callback(
@@ -142,49 +136,3 @@ def _dtype(asked: str, store: Store, memory: Memory) -> torch.dtype:
     if asked == "auto":
         asked = store.dtype if memory.device.type == "cuda" else "float32"
     return getattr(torch, asked)
-
-
-def _host_store(
-    store: Store, memory: Memory, arguments: argparse.Namespace, early: HostStore | None
-) -> HostStore:
-    """Adopted from a former feeder if it left one of the same store, else loaded. ``early``: what was
-    adopted before the feeder that keeps it has ended."""
-    prefix = _prefix(arguments.name)
-    name = _kept_name(arguments.name, store)
-    for left in SHM_DIRECTORY.glob(f"{glob.escape(prefix)}*"):
-        ours = left.lstat().st_uid == os.getuid()
-        if ours and left.name != name:  # of another store, or half-loaded; we have the lock
-            left.unlink(missing_ok=True)
-    adopted = early
-    if early is None or not early.named(name):  # or others have come and gone, and replaced it
-        adopted = _kept_store(store, memory, arguments.name)
-    if adopted is not None:
-        log.info("the host store that a former feeder kept is used again")
-        if not arguments.keep_store:  # it is ours now, and ends with us
-            (SHM_DIRECTORY / name).unlink(missing_ok=True)
-        return adopted
-    return HostStore.load(store, memory, name if arguments.keep_store else None)
-
-
-def _kept_store(store: Store, memory: Memory, name: str, again: bool = False) -> HostStore | None:
-    """What a former feeder called ``name`` left of the store; what is damaged is removed, unless it is to be
-    looked at ``again``."""
-    kept = _kept_name(name, store)
-    try:
-        return HostStore.adopt(store, memory, kept)
-    except StoreCorruptError as error:
-        if not again:
-            log.warning(
-                "the host store that a former feeder kept is damaged: %s; loading again", error
-            )
-            (SHM_DIRECTORY / kept).unlink(missing_ok=True)
-        return None
-
-
-def _prefix(name: str) -> str:
-    """How names in /dev/shm begin that belong to feeders called ``name``, which has no commas."""
-    return f"weight-feeder,{os.getuid()},{name},"
-
-
-def _kept_name(name: str, store: Store) -> str:
-    return f"{_prefix(name)}{store.fingerprint},{LAYOUT_VERSION}"

@@ -14,7 +14,7 @@ from common.store import Store
 from feeder.quantize import quantize_checkpoint
 from tests import lives
 from tests.checkpoints import make_checkpoint
-from tests.processes import Process, Room, lock_holder, until
+from tests.processes import SHARED, Process, Room, lock_holder, until
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -26,6 +26,15 @@ CACHES = ["1", "2", "5", "9", "-1", "300KB"]
 def kill(process: Process) -> None:
     process.signal(signal.SIGKILL)
     assert process.popen.wait() == -signal.SIGKILL
+
+
+def damage(host_store: Path) -> None:
+    """Turn over a bit of a weight."""
+    with host_store.open("r+b") as held:
+        held.seek(128 * 192 // 2 + 1000)  # amid the first layer
+        byte = held.read(1)[0]
+        held.seek(-1, os.SEEK_CUR)
+        held.write(bytes([byte ^ 4]))
 
 
 def seconds_until_said(process: Process, text: str, times: int) -> float:
@@ -205,11 +214,7 @@ def test_a_kept_host_store_that_was_damaged(
     name, before = room.name, room.shared_entries()
     lives.stop(room, room.feeder(*lives.feeder_flags(long_store), "--keep-store", name=name), name)
     (entry,) = room.shared_entries() - before
-    with open(f"/dev/shm/{entry}", "r+b") as held:
-        held.seek(128 * 192 // 2 + 1000)  # amid the first layer
-        byte = held.read(1)[0]
-        held.seek(-1, os.SEEK_CUR)
-        held.write(bytes([byte ^ 4]))
+    damage(SHARED / entry)
     feeder = room.feeder(*lives.feeder_flags(long_store), name=name)
     feeder.until_said("the host store that a former feeder kept is damaged: model.layers.0.")
     ended = room.engine(*lives.engine_flags(20), f"--name={name}").wait()
@@ -218,29 +223,68 @@ def test_a_kept_host_store_that_was_damaged(
     assert room.shared_entries() == before
 
 
-def test_a_feeder_that_stands_by(room: Room, long_store: Path, long_text: list[str]) -> None:
-    """It takes over from one that is killed, and another from itself when it is told to end."""
-    flags, name = lives.feeder_flags(long_store), room.name
+def test_feeders_that_stand_by(room: Room, long_store: Path, long_text: list[str]) -> None:
+    """One takes over from one that is killed, another from that when it is told to end. Each has the host
+    store at hand by then, for as long as it is kept."""
+    flags, name, before = lives.feeder_flags(long_store), room.name, room.shared_entries()
     first = room.feeder(*flags, "--keep-store", name=name)
-    engine = room.engine(*lives.engine_flags(300), f"--name={name}")
-    spare = room.start("-m", "feeder", *flags, f"--name={name}", "--standby", "--keep-store")
-    spare.until_said(f"standing by for feeder '{name}', pid {first.pid}")
-    lives.until_generating(engine)
+    (entry,) = room.shared_entries() - before
+
+    def stand_by(*more: str) -> Process:
+        return room.start("-m", "feeder", *flags, f"--name={name}", "--standby", *more)
+
+    def until_mapped(feeder: Process, mapped: bool = True) -> None:
+        maps = Path(f"/proc/{feeder.pid}/maps")
+        feeder.until(lambda: (entry in maps.read_text()) == mapped, f"maps it: {mapped}")
+
+    others = [stand_by("--keep-store"), stand_by("--keep-store"), stand_by()]
+    for one in others:
+        one.until_said(f"standing by for feeder '{name}', pid {first.pid}")
+        until_mapped(one)
     assert lock_holder(room, "feeder", name) == first.pid
+    engine = room.engine(*lives.engine_flags(40), f"--name={name}")
+    lives.until_generating(engine)
     kill(first)
-    engine.until_said(f"feeder {spare.pid} takes over; going on")
-    assert "the host store that a former feeder kept is used again" in spare.err
-    last = room.start("-m", "feeder", *flags, f"--name={name}", "--standby")
-    unused = room.start("-m", "feeder", *flags, f"--name={name}", "--standby")
-    for one in (last, unused):
+    assert engine.wait().out.split() == long_text[:40]
+    # Which of them it is, nobody knows.
+    until(lambda: any("serving" in one.err for one in others), lambda: "none serves")
+    (spare,) = [one for one in others if "serving" in one.err]
+    others.remove(spare)
+    for one in others:
         one.until_said(f"standing by for feeder '{name}', pid {spare.pid}")
-    assert unused.stop().code == 128 + signal.SIGTERM
+    # One that does not keep it takes the name away.
+    (SHARED / entry).unlink(missing_ok=True)
+    for one in others:
+        until_mapped(one, False)
     lives.stop(room, spare, name)
-    engine.until_said(f"feeder {last.pid} takes over; going on")
-    ended = engine.wait()
-    assert ended.code == 0 and ended.out.split() == long_text[:300], ended.err
+    until(lambda: any("serving" in one.err for one in others), lambda: "none serves")
+    (last,) = [one for one in others if "serving" in one.err]
+    others.remove(last)
+    assert "used again" in spare.err and "used again" not in last.err
+    assert others[0].stop().code == 128 + signal.SIGTERM
+    ended = room.engine(*lives.engine_flags(40), f"--name={name}").wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:40], ended.err
     lives.stop(room, last, name)
-    # Where nobody is, there is nobody to wait for.
+    # Where nobody is, there is nobody to wait for; and what was kept is not kept for ever.
     alone = room.feeder(*flags, "--standby", name=name)
     assert "standing by" not in alone.err
     lives.stop(room, alone, name)
+    assert room.shared_entries() == before
+
+
+def test_a_feeder_that_stands_by_for_a_damaged_store(
+    room: Room, long_store: Path, long_text: list[str]
+) -> None:
+    flags, name, before = lives.feeder_flags(long_store), room.name, room.shared_entries()
+    first = room.feeder(*flags, "--keep-store", name=name)
+    (entry,) = room.shared_entries() - before
+    damage(SHARED / entry)
+    spare = room.start("-m", "feeder", *flags, f"--name={name}", "--standby")
+    spare.until_said(f"the host store that feeder '{name}' has is damaged: model.layers.0.")
+    kill(first)
+    spare.until_said("loading again")
+    spare.until_said("serving")
+    ended = room.engine(*lives.engine_flags(20), f"--name={name}").wait()
+    assert ended.code == 0 and ended.out.split() == long_text[:20], ended.err
+    lives.stop(room, spare, name)
+    assert room.shared_entries() == before

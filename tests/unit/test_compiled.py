@@ -187,3 +187,24 @@ def test_kernels_find_room(device: int, tmp_path: Path) -> None:
 def test_an_old_device_can_do_it_slowly(name: str) -> None:
     done = compiled(OLD, *kernels(OLD)[name])
     assert done.metadata.shared <= OLD_SHARED
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        ((5120, 1024, 1024), 5120), ((27648, 27648), 5120), ((12288, 12288), 5120),
+        ((3584, 512, 512), 3584), ((18944, 18944), 3584), ((29568, 29568), 8192),
+    ],
+)  # fmt: skip
+def test_weights_that_share_an_input_take_one_instruction(
+    rows: tuple[int, ...], columns: int
+) -> None:
+    """Together and alone, with several tokens: another instruction may round otherwise."""
+    cuts = {tokens_cut(some, columns) for some in (rows, *((count,) for count in rows))}
+    assert len({cut.parts for cut in cuts}) == 1
+    found = set()
+    for some in {rows, *((count,) for count in rows)}:
+        ptx = compiled(90, *tokens(some, columns, True, True)).asm["ptx"]
+        found.add(frozenset(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx)))
+    assert len(found) == 1 and len(*found) == 1, found
