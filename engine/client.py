@@ -215,6 +215,11 @@ class WeightClient:
         return self._connection.feeder is not None
 
     @property
+    def absent_s(self) -> float:
+        """How long there was no feeder, between one that went and the next."""
+        return self._connection.absent_s
+
+    @property
     def lost_feeders(self) -> int:
         """How many feeders went while this engine had them."""
         return self._connection.lost_feeders

@@ -31,7 +31,8 @@ _COMPLAINTS = 100
 
 
 class Connection:
-    """``feeder``: the welcome of the feeder at the other end, None while there is none.
+    """``feeder``: the welcome of the feeder at the other end, None while there is none. ``absent_s``: how
+    long there was none, between one that went and the next.
 
     ``found`` is called when a feeder has answered, ``lost`` when it is gone.
     """
@@ -46,6 +47,7 @@ class Connection:
         self._directory, self._leash_fd = directory, leash_fd
         self._found, self._lost = found, lost
         self.feeder: p.Welcome | None = None
+        self.absent_s, self._lost_at = 0.0, 0.0
         self.malformed = self.ignored = self.lost_feeders = self._complaints = 0
         self._fingerprint = ""  # of the store that this engine works with
         self._kind: tuple[str, str] | None = None  # dtype and device that the model was built for
@@ -204,6 +206,7 @@ class Connection:
         self._poller.add(self._watch_fd)
         if self._fingerprint:
             log.info("feeder %d takes over; going on", welcome.pid)
+            self.absent_s += time.monotonic() - self._lost_at
         else:
             self._draft = welcome.draft_fingerprint
         self._fingerprint, self._kind = welcome.fingerprint, kind
@@ -224,6 +227,7 @@ class Connection:
         log.warning("feeder %d %s; waiting for another", self.feeder.pid, how)
         self._said = ""
         self.lost_feeders += 1
+        self._lost_at = time.monotonic()
         self.feeder = None
         self._lost()
         channel, watch_fd = self._channel, self._watch_fd

@@ -229,7 +229,10 @@ def _speculation(
     def most() -> int:
         return step.most if step is not None else 1
 
-    return Speculation(asked, streams, rounds=device.type != "cpu", most=most)
+    def clock() -> float:  # a pass does not cost more for being made while a feeder was replaced
+        return time.perf_counter() - client.absent_s
+
+    return Speculation(asked, streams, clock, rounds=device.type != "cpu", most=most)
 
 
 def _draft(

@@ -1,8 +1,9 @@
 """Processes forked from one that has imported the libraries, for machines where importing takes long.
 
-``WEIGHT_FEEDER_TEST_FORK=1`` makes tests start ``python -m feeder`` and ``python -m engine`` so. They are
-processes of their own all the same, with memory, a device and a death of their own; what is saved is
-seconds for each of the hundreds that tests start and kill. Without it they are started as a user does.
+``WEIGHT_FEEDER_TEST_FORK=1`` makes tests start ``python -m feeder`` and ``python -m engine`` so, and those
+of the two that are started ahead of their use (`tests.process.gated`). They are processes of their own all
+the same, with memory, a device and a death of their own; what is saved is seconds for each of the hundreds
+that tests start and kill. Without it they are started as a user does.
 """
 
 from __future__ import annotations

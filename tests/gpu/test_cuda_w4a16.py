@@ -81,7 +81,13 @@ def test_what_is_granted_together_does_not_show(rows: list[int], columns: int) -
     assert not scratch.counters.any()
 
 
-@pytest.mark.parametrize("rows, columns", [([5120, 1024, 1024], 5120), ([9216, 9216], 5120)])
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        ([5120, 1024, 1024], 5120), ([27648, 27648], 5120), ([12288, 12288], 5120),
+        ([18944, 18944], 3584), ([208, 48], 640),
+    ],
+)  # fmt: skip
 def test_what_is_granted_together_does_not_show_to_several_tokens(
     rows: list[int], columns: int
 ) -> None:

@@ -64,7 +64,8 @@ def long_text(long_store: Path) -> list[str]:
     assert ended.code == 0, ended.err
     tokens = ended.out.split()
     assert len(tokens) == lives.LONGEST
-    assert len(set(tokens)) > 50  # it is no loop of a few tokens
+    # It is no loop of a few tokens; a deeper model is surer of itself.
+    assert len(set(tokens)) > (100 if lives.DEVICE == "cpu" else 50)
     return tokens
 
 

@@ -30,7 +30,10 @@ def test_either_order_and_one_after_the_other(
     advice = re.search(r"start one with: python (.*)", engine.err)
     assert advice is not None and "--model STORE" in advice[1]
     words = shlex.split(advice[1].replace("STORE", shlex.quote(str(long_store))))
-    feeder = room.start(*words, *lives.feeder_flags(long_store)[-2:])  # slots and device
+    others = [
+        one for one in lives.feeder_flags(long_store) if one.startswith(("--device", "--slots"))
+    ]
+    feeder = room.start(*words, *others)
     ended = engine.wait()
     assert ended.code == 0 and ended.out.split() == long_text[:60], ended.err
     assert engine.err.count("waiting for a feeder") == 1

@@ -12,7 +12,7 @@ import pytest
 
 from common.store import Store
 from feeder.quantize import quantize_checkpoint
-from tests import lives
+from tests import fed, lives
 from tests.checkpoints import make_checkpoint
 from tests.processes import SHARED, Process, Room, lock_holder, until
 
@@ -288,3 +288,23 @@ def test_a_feeder_that_stands_by_for_a_damaged_store(
     assert ended.code == 0 and ended.out.split() == long_text[:20], ended.err
     lives.stop(room, spare, name)
     assert room.shared_entries() == before
+
+
+def test_how_long_a_feeder_was_absent(room: Room, long_store: Path) -> None:
+    """So that a pass that waited for another is not taken to be a slow one."""
+    feeder = room.feeder(*lives.feeder_flags(long_store, 2))
+    with fed.connected(room, feeder) as engine:
+
+        def use_all() -> float:
+            for weight in range(len(engine.store.weights)):
+                engine.client.release(engine.client.acquire(weight))
+            return engine.client.absent_s
+
+        assert use_all() == 0.0
+        kill(feeder)
+        start = time.monotonic()
+        room.start("-m", "feeder", *lives.feeder_flags(long_store, 2))
+        absent_s, took = use_all(), time.monotonic() - start
+        assert 0.5 * took < absent_s <= took + 0.5
+        assert use_all() == absent_s
+        assert engine.client.lost_feeders == 1
