@@ -30,7 +30,7 @@ try:
     )
     from common.checkpoint_fingerprint import checkpoint_fingerprint
     from common.checkpoint_kind import is_checkpoint
-    from common.config import Cache, Speculate, parse_size, strategy_file
+    from common.config import Cache, Speculate, check_sampling, parse_size, strategy_file
     from common.errors import EXIT_OK, UsageError, WeightFeederError
     from common.log import log, report_error, setup
     from common.parser import Parser
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> int:
     setup("launch", arguments.verbose)
     try:
         Cache.parse(arguments.cache)  # mistakes should not wait for the quantizer
+        check_sampling(vars(arguments))
         if arguments.vram is not None:
             parse_size(arguments.vram)
         if arguments.strategy is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from common.errors import StrategyError, UsageError
 
@@ -24,6 +26,23 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
+#: What the sampling flags may be, by name: a range, and what errors say of it. NaN is in none.
+_SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    "temperature": (lambda v: 0 <= v <= 100, "from 0 (greedy) to 100"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "top_k": (lambda v: v >= 0, "at least 0 (0: all)"),
+    "repetition_penalty": (lambda v: 0 < v <= 100, "above 0, at most 100"),
+    "seed": (lambda v: 0 <= v < 1 << 32, "from 0 to 2**32 - 1"),
+}
+
+
+def check_sampling(values: Mapping[str, Any]) -> None:
+    """UsageError if a sampling flag, by name with underscores, is out of its range. None is any."""
+    for name, (good, expected) in _SAMPLING.items():
+        value = values.get(name)
+        if value is not None and not good(value):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
 def parse_size(text: str) -> int:

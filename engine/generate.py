@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, set_seed
 
+from common.config import check_sampling
 from common.errors import UsageError
 from common.log import log
 from engine.logprobs import Logprobs
@@ -35,17 +36,7 @@ class Sampling:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        checks = [
-            ("--max-new-tokens", self.max_new_tokens, lambda v: v >= 1, "at least 1"),
-            ("--temperature", self.temperature, lambda v: 0 <= v <= 100, "from 0 (greedy) to 100"),
-            ("--top-p", self.top_p, lambda v: 0 < v <= 1, "above 0, at most 1"),
-            ("--top-k", self.top_k, lambda v: v >= 0, "at least 0 (0: all)"),
-            ("--repetition-penalty", self.repetition_penalty, lambda v: 0 < v <= 100, "above 0"),
-            ("--seed", self.seed, lambda v: 0 <= v < 1 << 32, "from 0 to 2**32 - 1"),
-        ]
-        for flag, value, good, expected in checks:
-            if value is not None and not good(value):
-                raise UsageError(f"{flag} {value}: expected {expected}")
+        check_sampling(vars(self))
 
     def apply(self, config: GenerationConfig) -> GenerationConfig:
         """``config``, the model's, with these flags in it."""

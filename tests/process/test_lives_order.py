@@ -16,7 +16,7 @@ from feeder.budget import Request
 from feeder.simulate import Hardware, load_shape, predict
 from feeder.strategies.resident import stream_slots
 from tests import fed, lives
-from tests.processes import Room, assert_refused
+from tests.processes import Room, assert_refused, until
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -55,8 +55,9 @@ def test_a_cache_of_one_serves_every_order(
     assert "failed" not in feeder.err
 
 
-# What no timing changes: a ring of more slots than may be filled at once falls behind a fast engine,
-# and then finds what it has not yet replaced; on-demand may drop a weight or take another back.
+# A feeder that falls behind a fast engine finds in slots what it has not yet replaced: so each use waits
+# until nothing is being filled. A ring of more slots than may be filled at once does so all the same, and
+# on-demand may drop a weight or take another back.
 COMBINATIONS = [("ring", cache) for cache in ("1", "4", "5", "-1")]
 COMBINATIONS += [("resident", cache) for cache in ("1", "4", "5", "11", "-1")]
 LINK = ["--link=50", "--device-bandwidth=3000"]
@@ -84,6 +85,9 @@ def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> 
         def one_pass() -> float:
             for weight in range(total):
                 use(engine, weight)
+                until(
+                    lambda: engine.client.ask_status()["full"], lambda: "the feeder does not rest"
+                )
             return float(engine.client.ask_status()["hit_rate"])
 
         one_pass()

@@ -42,6 +42,8 @@ LAUNCHER = {
     "--attention=best": "argument --attention: invalid choice: 'best'",
     "--seed=many": "argument --seed: invalid int value: 'many'",
     "--temperature=warm": "argument --temperature: invalid float value: 'warm'",
+    "--temperature=-3": "--temperature -3.0: expected from 0 (greedy) to 100",
+    "--top-p=2": "--top-p 2.0: expected above 0, at most 1",
     "--max-new-tokens=1.5": "argument --max-new-tokens: invalid int value: '1.5'",
     "--strategy=best": "strategy 'best' is not known: name one of ring, resident, on-demand",
     "--strategy=none.py:Mine": "strategy file none.py does not exist",
@@ -184,8 +186,11 @@ def test_the_launcher_repeats_what_its_children_say(
             2,
         ),
         "cache": (["--cache=1KiB"], "error: feeder: cache 1KiB holds not even one weight", 1),
-        "prompts": ([f"--prompts={source}"], f"prompts file {source}, line 2: expected", 2),
-        "temperature": (["--temperature=-3"], "error: engine: --temperature -3.0: expected", 2),
+        "prompts": (
+            [f"--prompts={source}"],
+            f"error: engine: prompts file {source}, line 2: expected",
+            2,
+        ),
     }
     launchers = {
         name: room.launch(f"--model={small_store}", f"--name={name}", *flags)
