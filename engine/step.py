@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -346,33 +347,34 @@ class Step:
         """
         assert past.memory is not None and self._tables is not None
         norms = layer.head_norms or (layer.norm, layer.norm)  # there must be something
+        capacity = past.capacity
         shape = {
             "HEADS": self._heads, "GROUP": self._heads // self._kv, "PADDED": self._padded,
             "DIM": self._dim, "CHUNKS": MAX_CHUNKS, "KV": self._kv, "PDL": self._pdl,
             "num_warps": attention_warps(self._dim),
         }  # fmt: skip
-        launches: dict[tuple[int, bool], tuple[Repeated, Repeated]] = {}
-        for lane in lanes:
-            kind = lane.tiles, self._pdl and lane is lanes[0]
-            if kind not in launches:
-                tiles, early = kind
-                chunks = min(MAX_CHUNKS, triton.cdiv(past.capacity, TILE_TOKENS * tiles))
-                launches[kind] = (
-                    Repeated(
-                        attention_kernel, (self._kv, chunks), TILE=TILE_TOKENS, TILES=tiles,
-                        HEAD_NORM=layer.head_norms is not None, launch_pdl=early, **shape,
-                    ),
-                    Repeated(
-                        combine_kernel, (self._heads,), CHUNK=TILE_TOKENS * tiles,
-                        launch_pdl=self._pdl, **shape,
-                    ),
-                )  # fmt: skip
-            attend, combine = launches[kind]
-            attend(
-                lane.qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory,
-                lane.position, self._partial, self._peaks, past.capacity, self._dim**-0.5,
+
+        @cache
+        def attend(tiles: int, early: bool) -> Repeated:
+            chunks = min(MAX_CHUNKS, triton.cdiv(capacity, TILE_TOKENS * tiles))
+            return Repeated(
+                attention_kernel, (self._kv, chunks), TILE=TILE_TOKENS, TILES=tiles,
+                HEAD_NORM=layer.head_norms is not None, launch_pdl=early, **shape,
             )  # fmt: skip
-            combine(self._partial, self._peaks, lane.position, lane.planes_out)
+
+        @cache
+        def combine(tiles: int) -> Repeated:
+            chunk = TILE_TOKENS * tiles
+            return Repeated(
+                combine_kernel, (self._heads,), CHUNK=chunk, launch_pdl=self._pdl, **shape
+            )
+
+        for lane in lanes:
+            attend(lane.tiles, self._pdl and lane is lanes[0])(
+                lane.qkv, *norms, self._config.rms_norm_eps, *self._tables, *past.memory,
+                lane.position, self._partial, self._peaks, capacity, self._dim**-0.5,
+            )  # fmt: skip
+            combine(lane.tiles)(self._partial, self._peaks, lane.position, lane.planes_out)
 
     def _begin(self, lane: Lane, x: torch.Tensor, norm: torch.Tensor) -> None:
         count = x.numel() // BEGIN_SIZE

@@ -122,13 +122,10 @@ class HostStore:
         log.debug("checked and page-locked in %.1f s", time.monotonic() - start)
         return cls(store, shared, unpin)
 
-    def named(self, name: str) -> bool:
-        """Whether this memory has the ``name`` in /dev/shm."""
-        try:
-            found = os.stat(SHM_DIRECTORY / name, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(found, os.fstat(self._shared.fd))
+    @property
+    def inode(self) -> int:
+        """By which a name in /dev/shm is known to be this memory's."""
+        return os.fstat(self._shared.fd).st_ino
 
     def close(self) -> None:
         self._unpin()

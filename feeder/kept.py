@@ -23,7 +23,7 @@ def host_store(
 ) -> HostStore:
     """Adopted from a former feeder called ``name`` if it left one of the same store, else loaded; it will
     be left for the next one if ``keep`` says so. With the lock."""
-    kept = kept_name(name, store)
+    kept = _kept_name(name, store)
     for left in SHM_DIRECTORY.glob(f"{glob.escape(_prefix(name))}*"):
         ours = left.lstat().st_uid == os.getuid()
         if ours and left.name != kept:  # of another store, or half-loaded; we have the lock
@@ -51,10 +51,10 @@ class Standby:
 
     def __init__(self, store: Store, memory: Memory, name: str) -> None:
         self._store, self._memory, self._name = store, memory, name
-        self._kept = kept_name(name, store)
+        self._kept = _kept_name(name, store)
         self._host: HostStore | None = None
         self._pid = -1  # of the feeder that was waited for last
-        self._damaged = -1  # the inode of what need not be looked at again
+        self._damaged = 0  # the inode of what need not be looked at again
 
     def wait(self, lock: Lock) -> None:
         """Until ``lock`` is ours."""
@@ -63,10 +63,9 @@ class Standby:
     def take(self, keep: bool) -> HostStore | None:
         """What is at hand, which is the caller's from now on; not if it is to be kept, and others have
         removed its name."""
+        if keep:
+            self._drop_unnamed(self._inode())
         host, self._host = self._host, None
-        if host is not None and keep and not host.named(self._kept):
-            host.close()
-            return None
         return host
 
     def close(self) -> None:
@@ -79,18 +78,23 @@ class Standby:
         if pid != self._pid:
             self._pid = pid
             log.info("standing by for feeder %r, pid %s", self._name, pid or "unknown")
-        if self._host is not None and not self._host.named(self._kept):
-            self.close()  # it would stay in memory for nobody
-        if self._host is None:
-            self._adopt()
+        inode = self._inode()
+        self._drop_unnamed(inode)  # it would stay in memory for nobody
+        if self._host is None and inode not in (0, self._damaged):
+            self._adopt(inode)
 
-    def _adopt(self) -> None:
+    def _inode(self) -> int:
+        """Of what is kept now; 0 if nothing is, or not yet."""
         try:
-            inode = os.stat(SHM_DIRECTORY / self._kept, follow_symlinks=False).st_ino
-        except FileNotFoundError:  # not kept, or not loaded yet
-            return
-        if inode == self._damaged:
-            return
+            return os.stat(SHM_DIRECTORY / self._kept, follow_symlinks=False).st_ino
+        except FileNotFoundError:
+            return 0
+
+    def _drop_unnamed(self, inode: int) -> None:
+        if self._host is not None and self._host.inode != inode:
+            self.close()
+
+    def _adopt(self, inode: int) -> None:
         try:
             self._host = HostStore.adopt(self._store, self._memory, self._kept)
         except StoreCorruptError as error:
@@ -101,7 +105,7 @@ class Standby:
             )  # fmt: skip
 
 
-def kept_name(name: str, store: Store) -> str:
+def _kept_name(name: str, store: Store) -> str:
     """Under which a feeder called ``name`` keeps the store in /dev/shm."""
     return f"{_prefix(name)}{store.fingerprint},{LAYOUT_VERSION}"
 

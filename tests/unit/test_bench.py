@@ -119,6 +119,7 @@ PREDICTED = [  # as docs/bench.md has it
     ("dequantized", "ring", "4"), ("dequantized", "ring", "16"), ("dequantized", "resident", "8GiB"),
     ("dequantized", "resident", "12GiB"), ("dequantized", "resident", "24GiB"),
     ("packed", "ring", "1"), ("packed", "ring", "16"), ("packed", "resident", "4GiB"),
+    ("packed", "resident", "6900MB"), ("packed", "resident", "256"), ("packed", "resident", "12GiB"),
     ("packed", "resident", "-1"),
 ]  # fmt: skip
 
