@@ -6,20 +6,17 @@ reference itself is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
 from common import int4
+from common.repeated import Repeated
 
 BLOCKS_PER_PROGRAM = 64  # measured on an H100, see bench/; flat from 32 to 128
 NUM_WARPS = 4
 
-#: Compiled kernels with their grids, by what they are for: to find one through Triton takes several times
-#: as long as to launch it, for each weight of each token.
-_launches: dict[tuple[torch.device, torch.dtype, int, int], Callable[..., object]] = {}
+_launches: dict[tuple[torch.device, torch.dtype, int, int], Repeated] = {}
 
 
 @triton.jit  # which gives the parameters their types
@@ -29,7 +26,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     """One program dequantizes BLOCKS blocks of 128.
 
     operand  shape               dtype             layout
-    codes    [ceil(n / 2)]       int8 (two nibbles) contiguous, 16-byte aligned, first code high
+    codes    [ceil(n / 2)]       uint8 (2 nibbles)  contiguous, 16-byte aligned, first code high
     scales   [ceil(n / 128)]     bf16              contiguous
     out      [n]                 bf16, fp16, fp32  contiguous, 16-byte aligned
     """
@@ -38,7 +35,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     pair = tl.load(codes + at, mask=at * 2 < elements, other=0).to(tl.int32)
     scale = tl.load(scales + block, mask=block * 128 < elements, other=0.0).to(tl.float32)
-    high = pair >> 4  # arithmetic: the nibbles are two's complement
+    high = (pair << 24) >> 28  # arithmetic: the nibbles are two's complement
     low = (pair << 28) >> 28
     code = tl.reshape(tl.join(high, low), (BLOCKS, 128)).to(tl.float32)
     to = block[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -66,16 +63,11 @@ def dequantize_into(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
     # All that the compiler distinguishes: codes and out are aligned, as was checked.
     kind = (out.device, out.dtype, elements, scales.data_ptr() % 16)
     launch = _launches.get(kind)
-    if launch is not None:
-        launch(codes, scales, out, elements, BLOCKS_PER_PROGRAM)
-        return
-    grid = (triton.cdiv(int4.scale_count(elements), BLOCKS_PER_PROGRAM), 1, 1)
-    kernel = _dequantize_kernel[grid](
-        codes.view(torch.int8), scales, out.view(-1), elements,
-        BLOCKS=BLOCKS_PER_PROGRAM, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    if kernel is not None:  # the interpreter has none
-        _launches[kind] = kernel[grid]
+    if launch is None:
+        grid = (triton.cdiv(int4.scale_count(elements), BLOCKS_PER_PROGRAM),)
+        launch = Repeated(_dequantize_kernel, grid, BLOCKS=BLOCKS_PER_PROGRAM, num_warps=NUM_WARPS)
+        _launches[kind] = launch
+    launch(codes, scales, out, elements)
 
 
 def interpreted() -> bool:

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from common.families import FAMILIES
 from common.families.rope import ROPE_TYPES
 from common.formats import PACKED
+from common.repeated import Repeated
 from engine.cache import PastLayer, head_dim, short_window
 from engine.client import WeightClient
 from engine.lane import MAX_CHUNKS, TILE_TOKENS, Lane, make_lane, room_for
@@ -42,7 +43,6 @@ from engine.one_token import (
     combine_kernel,
     glu_kernel,
 )
-from engine.repeated import Repeated
 from engine.w4a16 import Epilogue, One, Scratch, dependent_launch, multiply_each, ring_parts
 
 BEGIN_SIZE = 64

@@ -21,10 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from common.blocks import BLOCK, code_bytes, scale_count
 from common.dequantize import interpreted
 from common.formats import RUN, packable
+from common.repeated import Repeated
 from engine import one_token
 from engine.packed import MAX_FUSED_TOKENS as MAX_TOKENS
 from engine.packed_weight import Packed
-from engine.repeated import Repeated
 from engine.ring import TILE, UNIT, ring_kernel
 
 MAX_WEIGHTS = 3

@@ -1,7 +1,8 @@
 """Launches of one kernel again and again: the variant is found once.
 
 To find a kernel's compiled variant for some operands takes Triton several times as long as to launch it. A
-pass over several tokens makes the same launches for each, with operands that are alike.
+pass over several tokens makes the same launches for each, and each token those of the one before it, with
+operands that are alike.
 """
 
 from __future__ import annotations
