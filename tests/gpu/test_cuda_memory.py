@@ -27,12 +27,13 @@ segment.close()
 def test_a_peer_reads_and_writes_the_same_bytes() -> None:
     memory = memory_for("cuda")
     segment = memory.allocate(1 << 20)
-    segment.tensor.copy_(torch.randint(256, (1 << 20,), dtype=torch.uint8))
+    size = segment.tensor.numel()  # whole pages of device memory
+    segment.tensor.copy_(torch.randint(256, (size,), dtype=torch.uint8))
     torch.cuda.synchronize()
     total = int(segment.tensor.sum(dtype=torch.int64))
     before = segment.tensor.clone()
     run = subprocess.run(
-        [sys.executable, "-c", PEER, memory.identity, segment.handle.hex(), str(1 << 20)],
+        [sys.executable, "-c", PEER, memory.identity, segment.handle.hex(), str(size)],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(run.stdout) == total

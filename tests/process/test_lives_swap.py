@@ -75,7 +75,7 @@ def test_swaps_at_random_moments_leave_the_text_as_it_is(
         seen.add((strategy, fields["slots"], held))
         lives.pause(generator.random() * 0.15)
     assert engine.popen.poll() is None, f"the generation is too short for {SWAPS} swaps"
-    assert len(seen) > min(SWAPS // 4, 14 * len(lives.SLOTS))  # not always the same one
+    assert len(seen) >= min(SWAPS // 4, 10 * len(lives.SLOTS))  # not always the same one
     assert {held for *_, held in seen} == {*lives.SLOTS}
     ended = engine.wait()
     assert ended.code == 0, ended.err
