@@ -35,7 +35,7 @@ SLOTS = (
 LAYERS = 2 if DEVICE == "cpu" else 32  # so that a token takes some milliseconds on either
 #: Tokens of the longest text: what is disturbed the full number of times must not end before. On a GPU
 #: the deeper model takes some 30 ms for each.
-LONGEST = (4000 if DEVICE == "cpu" else 1500) if FULL else 700
+LONGEST = (4000 if DEVICE == "cpu" else 1000) if FULL else 700
 
 #: Some processes are started ahead of their use, as far as there are cores for them.
 AHEAD = max(1, min(10, (os.cpu_count() or 1) // 2 + 1))

@@ -77,10 +77,11 @@ def test_swaps_at_random_moments_leave_the_text_as_it_is(
     assert engine.popen.poll() is None, f"the generation is too short for {SWAPS} swaps"
     assert len(seen) >= min(SWAPS // 4, 10 * len(lives.SLOTS))  # not always the same one
     assert {held for *_, held in seen} == {*lives.SLOTS}
+    swap(room, "resident", "-1")  # the last may be the slowest there is, for all that is left
     ended = engine.wait()
     assert ended.code == 0, ended.err
     assert ended.out.split() == long_text[:TOKENS]
-    assert feeder.err.count("swapped:") == SWAPS
+    assert feeder.err.count("swapped:") == SWAPS + 1
     assert feeder.err.count("is here") == 1  # one engine, which never had to say hello again
 
 
