@@ -9,6 +9,7 @@ from common.arguments import add_chat, add_common, add_engine, add_server, run_p
 from common.entry import run_process
 from common.parser import Parser
 from common.process import Leash
+from common.quick_imports import quick_imports
 
 _EXAMPLES = """\
   python -m engine --prompt 'Why is the sky blue?'
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:] if command else argv)
 
     def work(leash: Leash) -> None:
-        module = import_module(_MODULES[command])  # only now: they import torch
+        with quick_imports():  # only now: they import torch
+            module = import_module(_MODULES[command])
         module.run(arguments, leash)
 
     return run_process("engine", arguments.verbose, work)

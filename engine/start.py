@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -33,6 +34,7 @@ from common.process import (
     remove_run_directory,
     run_directory,
 )
+from common.quick_imports import quick_imports
 from common.store import Store
 from common.trace import Tracer
 from engine.client import WeightClient
@@ -48,6 +50,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import: mistakes in the flags
     from engine.report import Report
     from engine.speculation import Speculation
     from engine.steps import Steps
+
+#: What transformers imports along wherever it is installed, and nothing here uses.
+UNUSED = ("pandas", "peft", "scipy", "sklearn", "torchaudio", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -293,8 +298,15 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return read_prompts(Path(arguments.prompts))
 
 
+def import_libraries() -> None:
+    """Transformers and what generates with it, which takes seconds: when the flags have been looked at."""
+    with quick_imports(UNUSED):
+        import_module("engine.generate")
+
+
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
     """The sampling that the flags ask for. UsageError if it cannot be."""
+    import_libraries()
     from engine.generate import Sampling
 
     names = [field.name for field in dataclasses.fields(Sampling)]

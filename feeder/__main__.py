@@ -8,6 +8,7 @@ from common.arguments import add_common, add_feeder, run_parser
 from common.entry import run_process
 from common.parser import Parser
 from common.process import Leash
+from common.quick_imports import quick_imports
 
 _EXAMPLES = """\
   python -m feeder --model STORE --cache 128
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> int:
         parser.error("--standby is for a feeder that serves, and --plan serves nothing")
 
     def work(leash: Leash) -> None:
-        from feeder.start import serve
+        with quick_imports():  # only now: they import torch
+            from feeder.start import serve
 
         serve(arguments, leash)
 

@@ -42,8 +42,10 @@ def run(arguments: argparse.Namespace, leash: Leash) -> None:
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port {arguments.port}: expected from 0 to 65535")
     with closing(bind(arguments.host, arguments.port)) as listener:
+        from engine.start import import_libraries, with_model
+
+        import_libraries()
         from engine.generate import Sampling
-        from engine.start import with_model
 
         def work(ready: Ready) -> None:
             _serve(arguments, key, listener, ready)
