@@ -16,7 +16,7 @@ from common.repeated import Repeated
 BLOCKS_PER_PROGRAM = 64  # measured on an H100, see bench/; flat from 32 to 128
 NUM_WARPS = 4
 
-_launches: dict[tuple[torch.device, torch.dtype, int, int], Repeated] = {}
+_launches: dict[tuple[torch.device, torch.dtype, int, bool], Repeated] = {}
 
 
 @triton.jit  # which gives the parameters their types
@@ -61,7 +61,7 @@ def dequantize_into(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name} lies at {tensor.data_ptr():#x}: expected 16-byte alignment")
     # All that the compiler distinguishes: codes and out are aligned, as was checked.
-    kind = (out.device, out.dtype, elements, scales.data_ptr() % 16)
+    kind = (out.device, out.dtype, elements, scales.data_ptr() % 16 == 0)
     launch = _launches.get(kind)
     if launch is None:
         grid = (triton.cdiv(int4.scale_count(elements), BLOCKS_PER_PROGRAM),)

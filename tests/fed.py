@@ -54,9 +54,11 @@ def engine(room: Room, store: Path, *flags: object, module: str = "feeder") -> I
 
 
 @contextmanager
-def connected(room: Room, feeder: Process, name: str = "default") -> Iterator[Engine]:
+def connected(
+    room: Room, feeder: Process, name: str = "default", verify: bool = False
+) -> Iterator[Engine]:
     """Connect to a feeder that is there."""
-    client = WeightClient(room.directory(name))
+    client = WeightClient(room.directory(name), verify=verify)
     try:
         welcome = client.wait_for_feeder()
         memory = memory_for(welcome.device)

@@ -8,6 +8,7 @@ otherwise if its weight is packed, so that a text has one or the other throughou
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import threading
@@ -106,6 +107,30 @@ def cpu_s(pid: int) -> float:
     """Seconds that a process has computed, all threads together."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def damage(host_store: Path) -> None:
+    """Turn over a bit of a weight."""
+    with host_store.open("r+b") as held:
+        held.seek(128 * 192 // 2 + 1000)  # amid the first layer
+        byte = held.read(1)[0]
+        held.seek(-1, os.SEEK_CUR)
+        held.write(bytes([byte ^ 4]))
+
+
+def slots_of(feeder: Process) -> Path:
+    """The feeder's segment of slots, as any process of the same user reaches it."""
+    for entry in Path(f"/proc/{feeder.pid}/fd").iterdir():
+        if os.readlink(entry).startswith("/memfd:weight-feeder-slots"):
+            return entry
+    raise AssertionError("the feeder has no segment")
+
+
+def corrupt(feeder: Process) -> None:
+    """Change one byte in each run of 64 of all slots; once more, and they are as before."""
+    with slots_of(feeder).open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        for at in range(0, len(memory), 64):
+            memory[at] ^= 0x10
 
 
 class Ahead:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import re
 import shlex
 import signal
@@ -14,7 +12,7 @@ import pytest
 
 from common.store import Store
 from tests import lives
-from tests.processes import Process, Room, assert_refused, lock_holder
+from tests.processes import Room, assert_refused, lock_holder
 
 pytestmark = pytest.mark.usefixtures("device_as_before")
 
@@ -75,21 +73,6 @@ def test_a_socket_that_a_killed_feeder_left(room: Room, long_store: Path) -> Non
     assert not room.leftovers()
 
 
-def slots_of(feeder: Process) -> Path:
-    """The feeder's segment of slots, as any process of the same user reaches it."""
-    for entry in Path(f"/proc/{feeder.pid}/fd").iterdir():
-        if os.readlink(entry).startswith("/memfd:weight-feeder-slots"):
-            return entry
-    raise AssertionError("the feeder has no segment")
-
-
-def corrupt(feeder: Process) -> None:
-    """Change one byte in each run of 64 of all slots."""
-    with slots_of(feeder).open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        for at in range(0, len(memory), 64):
-            memory[at] ^= 0x10
-
-
 NAMED = r"error: verify at (\w+): ((?:model|lm_head)\S*) in slot \d+, generation \d+, has checksum"
 
 
@@ -127,7 +110,7 @@ def test_verify_mode_stops_at_a_slot_that_was_written_to(
     feeder = room.feeder(*lives.feeder_flags(long_store, -1, slots=slots))
     engine = room.engine("--verify", *lives.engine_flags(lives.LONGEST))
     lives.until_generating(engine)
-    corrupt(feeder)
+    lives.corrupt(feeder)
     ended = engine.wait()
     assert ended.code == 1
     check(ended.err, {"grant", "release"})
@@ -137,7 +120,7 @@ def test_verify_mode_stops_at_a_slot_that_was_written_to(
     # The feeder verifies: it does not grant what was written to between two engines.
     feeder = room.feeder(*lives.feeder_flags(long_store, -1, slots=slots), "--verify")
     assert room.engine(*lives.engine_flags(10)).wait().code == 0
-    corrupt(feeder)
+    lives.corrupt(feeder)
     engine = room.engine(*lives.engine_flags(50))
     stopped = feeder.wait()
     assert stopped.code == 1

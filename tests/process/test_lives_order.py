@@ -86,7 +86,8 @@ def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> 
             for weight in range(total):
                 use(engine, weight)
                 until(
-                    lambda: engine.client.ask_status()["full"], lambda: "the feeder does not rest"
+                    lambda: engine.client.ask_status().get("full"),
+                    lambda: "the feeder does not rest",
                 )
             return float(engine.client.ask_status()["hit_rate"])
 

@@ -119,7 +119,7 @@ def chunks(dim: int) -> tuple[Any, ...]:
 
 
 def dequantizer() -> tuple[Any, ...]:
-    kinds = {"codes": "*i8", "out": "*bf16", "elements": "i64"}
+    kinds = {"codes": "*u8", "out": "*bf16", "elements": "i64"}
     return _dequantize_kernel, {"BLOCKS": BLOCKS_PER_PROGRAM}, {"num_warps": 4}, kinds
 
 
