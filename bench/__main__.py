@@ -35,7 +35,7 @@ def parser() -> Parser:
         "parts", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=", ".join((*PARTS, "all"))
     )
     add("--store", metavar="STORE", help="measure this store")
-    add("--shape", metavar="SHAPE", help="a random store of that shape; the default with a GPU")
+    add("--shape", metavar="SHAPE", help="a random store, or demo; the default with a GPU")
     add("--output", metavar="FILE.json", help="what is in it already is not measured again")
     add("--plot", metavar="FILE.svg", help="draw the sweep there when all is done")
     add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")

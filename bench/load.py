@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench.record import add_output, finish
-from bench.source import Source
+from bench.source import SHAPE_HELP, Source
 from common.arguments import Parser
 from common.entry import run_process
 from common.errors import UsageError, WeightFeederError
@@ -304,7 +304,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m bench.load", description="A server under load.")
     add = parser.add_argument
     add("--store", metavar="STORE", help="serve this store")
-    add("--shape", metavar="SHAPE", help="a random store; the default with a GPU, else the demo's")
+    add("--shape", metavar="SHAPE", help=SHAPE_HELP)
     add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     add("--cache", default="auto", metavar="N|SIZE|auto")
     add("--vram", metavar="SIZE")

@@ -14,13 +14,15 @@ from common.shapes import SHAPES
 from common.store import Store
 
 DEFAULT_SHAPE = "qwen2.5-32b"
+DEMO_SHAPE = "demo"  # no random weights: a model whose answers can be checked
+SHAPE_HELP = "a random store, or demo; the default with a GPU"
 _DEMO = ROOT / "demo" / "model"
 
 
 def add_streamed(parser: Parser) -> None:
     """The flags that name a store, and how it is streamed."""
     parser.add_argument("--store", metavar="STORE", help="measure this store")
-    parser.add_argument("--shape", metavar="SHAPE", help="a random store; the default with a GPU")
+    parser.add_argument("--shape", metavar="SHAPE", help=SHAPE_HELP)
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")
     parser.add_argument("--cache", default="16", metavar="N|SIZE")
     parser.add_argument("--strategy", default="ring", help="ring streams everything")
@@ -36,10 +38,12 @@ class Source:
         UsageError if the flags contradict each other or name what there is not."""
         if store and shape:
             raise UsageError("--store and --shape: give one of them")
-        if shape and shape not in SHAPES:
-            raise UsageError(f"shape {shape!r} is not known: name one of {', '.join(SHAPES)}")
+        if shape and shape not in (*SHAPES, DEMO_SHAPE):
+            known = ", ".join((*SHAPES, DEMO_SHAPE))
+            raise UsageError(f"shape {shape!r} is not known: name one of {known}")
         self._path = store
-        self._shape = shape or (DEFAULT_SHAPE if large else None)
+        chosen = shape or (DEFAULT_SHAPE if large else DEMO_SHAPE)
+        self._shape = None if chosen == DEMO_SHAPE else chosen
         self._made: str | None = None
         self._store: Store | None = None
 

@@ -32,8 +32,9 @@ def hollow(
             made.dtype = dtype
         with torch.device("meta"):
             model = architecture(made)
-        with torch.device(device):  # its frequencies
-            model.model.rotary_emb = type(model.model.rotary_emb)(made)
+        # Its frequencies, by the CPU as from_pretrained has them: a power that a GPU computes may be
+        # another in the last bit, which shows in fp16 from some hundred positions on.
+        model.model.rotary_emb = type(model.model.rotary_emb)(made).to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers has checks of its own, and many ways to say so

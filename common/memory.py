@@ -51,7 +51,7 @@ class Memory(ABC):
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> Segment:
-        """A new segment. MemoryShortageError if the device has not that much."""
+        """A new segment of at least that size. MemoryShortageError if the device has not that much."""
 
     @abstractmethod
     def open(self, kind: str, handle: bytes, size_bytes: int) -> Segment:

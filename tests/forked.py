@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from typing import IO, Any
 
@@ -22,6 +23,8 @@ MODULES = ("feeder", "engine", "tests.process.gated")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
+if FORKED:  # now: a test may change the environment, by which processes of its room are told
+    forkserver.ensure_running()
 
 
 def forkable(command: list[str]) -> bool:

@@ -57,7 +57,9 @@ def _try(device: str) -> dict[str, Any]:
     memory = memory_for(device)
     segment = memory.allocate(SEGMENT_BYTES)
     try:
-        segment.tensor.copy_(torch.frombuffer(bytearray(_pattern()), dtype=torch.uint8))
+        segment.tensor[:SEGMENT_BYTES].copy_(
+            torch.frombuffer(bytearray(_pattern()), dtype=torch.uint8)
+        )
         if memory.device.type == "cuda":
             torch.cuda.synchronize(memory.device)
         told = {"device": memory.identity, "kind": segment.kind, "handle": segment.handle.hex()}
@@ -95,7 +97,8 @@ def main() -> int:
     try:
         memory = memory_for(told["device"])
         segment = memory.open(told["kind"], bytes.fromhex(told["handle"]), SEGMENT_BYTES)
-        answer["same"] = bytes(segment.tensor.cpu().numpy()) == _pattern()
+        read = segment.tensor[:SEGMENT_BYTES].cpu()  # on a device a segment is whole pages
+        answer["same"] = bytes(read.numpy()) == _pattern()
         segment.close()
     except Exception as error:
         answer["error"] = " ".join(f"{error or type(error).__name__}".split())[:300]

@@ -97,9 +97,10 @@ def test_the_cache_does_not_show(room: Room, store: Path) -> None:
             f"--cache={cache_flag}",
             f"--strategy={strategy}",
             "--slots=packed",
-            f"--name={name}",
         )
-        feeder = room.feeder("--model", store, "--device=cuda", "--dtype=bfloat16", *flags)
+        feeder = room.feeder(
+            "--model", store, "--device=cuda", "--dtype=bfloat16", *flags, name=name
+        )
         with fed.connected(room, feeder, name) as engine, torch.inference_mode():
             model = fed.build(engine)
             step = Step(model, engine.client)
