@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -33,15 +31,3 @@ def quick_imports(hidden: Sequence[str] = ()) -> Iterator[None]:
             gc.enable()
         for name in absent:
             sys.modules.pop(name, None)
-
-
-def import_beside(package: str) -> None:
-    """Begin to import a package that will be wanted, in a thread of its own: files are read meanwhile, and
-    where reading takes long so does importing. It must need nothing that is imported at the same time, and
-    import all of itself at once, or two threads might wait for each other's parts."""
-
-    def run() -> None:
-        with suppress(ImportError):  # whoever wants it will say so
-            import_module(package)
-
-    threading.Thread(target=run, daemon=True).start()

@@ -9,7 +9,7 @@ from common.arguments import add_chat, add_common, add_engine, add_server, run_p
 from common.entry import run_process
 from common.parser import Parser
 from common.process import Leash
-from common.quick_imports import import_beside, quick_imports
+from common.quick_imports import quick_imports
 
 _EXAMPLES = """\
   python -m engine --prompt 'Why is the sky blue?'
@@ -40,7 +40,6 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:] if command else argv)
 
     def work(leash: Leash) -> None:
-        import_beside("sympy")  # for which transformers' imports wait in the end
         with quick_imports():  # only now: they import torch
             module = import_module(_MODULES[command])
         module.run(arguments, leash)

@@ -23,8 +23,13 @@ MODULES = ("feeder", "engine", "tests.process.gated")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
-if FORKED:  # now: a test may change the environment, by which processes of its room are told
-    forkserver.ensure_running()
+
+
+def begin() -> None:
+    """Start what forks, if it is asked for: before a test changes the environment, which that inherits and
+    by which the processes of a room are told."""
+    if FORKED:
+        forkserver.ensure_running()
 
 
 def forkable(command: list[str]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.process import Lock
 from common.settings import PREFIX
-from tests.forked import Forked, forkable
+from tests.forked import Forked, begin, forkable
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so begins what a shell starts with &
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child would see a Ctrl-C
@@ -224,6 +224,7 @@ class Room:
 @contextmanager
 def room() -> Iterator[Room]:
     """A new room, in a path short enough for a socket's."""
+    begin()
     path = Path(tempfile.mkdtemp(prefix=ROOM_PREFIX))
     place = Room(path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -106,7 +107,10 @@ def test_the_simulator_hits_what_a_feeder_hits(room: Room, long_store: Path) -> 
 def test_what_simulate_prints(room: Room, long_store: Path, tmp_path: Path) -> None:
     simulate = ("-m", "feeder", "simulate")
     shape = room.start(*simulate, "--shape=qwen2.5-32b", "--cache=128", *LINK)
-    sweep = room.start(*simulate, f"--shape={long_store}", "--strategy=ring", "--sweep", *LINK)
+    drawn = tmp_path / "sweep.svg"
+    sweep = room.start(
+        *simulate, f"--shape={long_store}", "--strategy=ring", "--sweep", f"--plot={drawn}", *LINK
+    )
     file = tmp_path / "mine.py"
     file.write_text("from feeder.strategies.ring import Ring\n\nclass Mine(Ring):\n    pass\n")
     own = room.start(
@@ -133,7 +137,10 @@ def test_what_simulate_prints(room: Room, long_store: Path, tmp_path: Path) -> N
     assert unit == "GB" and 8 < float(number) < 16.5
     assert float(ms) >= 1000 * float(number) / 50.5  # it cannot beat the link
     assert float(tokens) == pytest.approx(1000 / float(ms), rel=0.02)
-    table = rows(sweep.wait().out)
+    swept = sweep.wait()
+    assert swept.code == 0 and f"plot written to {drawn}" in swept.err
+    assert ElementTree.parse(drawn).getroot().tag.endswith("svg")
+    table = rows(swept.out)
     assert [row[0] for row in table] == ["1", "2", "4", "8", "-1"]
     assert [row[2] for row in table] == ["0.0"] * 4 + ["100.0"]
     assert rows(own.wait().out) == table

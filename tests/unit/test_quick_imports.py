@@ -6,12 +6,11 @@ import gc
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from common.quick_imports import import_beside, quick_imports
+from common.quick_imports import quick_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT = """
@@ -65,15 +64,3 @@ def test_collection_goes_on_as_before() -> None:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def test_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever imports it waits until it is whole, and gets its errors."""
-    (tmp_path / "slow_one.py").write_text("import time\ntime.sleep(0.3)\nanswer = 42\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    import_beside("slow_one")
-    time.sleep(0.1)
-    assert importlib.import_module("slow_one").answer == 42
-    import_beside("there_is_none")
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("there_is_none")
