@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ def test_the_engine_leaves_the_table_in_host_memory(room: Room, store: Path) -> 
 # The budget -------------------------------------------------------------------------------------
 
 
+def by_process() -> str:
+    """What the driver says each process has on the device, contexts included."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,name,used_memory", "--format=csv"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 @pytest.mark.parametrize("vram", [2400, 3000])
 def test_both_processes_together_stay_within_vram(room: Room, store: Path, vram: int) -> None:
     """Measured on the whole device: nobody else may use it meanwhile."""
@@ -123,15 +130,18 @@ def test_both_processes_together_stay_within_vram(room: Room, store: Path, vram:
         f"--model={store}", *CUDA, f"--vram={vram}MB", "--greedy",
         "--max-new-tokens=64", f"--prompt={prompt(3000)}",
     )  # fmt: skip
-    most = 0
+    most, told = 0, ""
     while run.popen.poll() is None:
-        most = max(most, before - torch.cuda.mem_get_info()[0])
+        now = before - torch.cuda.mem_get_info()[0]
+        if now > max(most, vram * MB):
+            told = by_process()  # whose it is that was not counted
+        most = max(most, now)
     ended = run.wait()
     assert ended.code == 0, ended.err
     assert len(ended.out.split()) == 64
     assert "slots shrink" not in ended.err and "at a time" not in ended.err
     print(f"--vram={vram}MB: {most / MB:.0f} MB at the most")
-    assert 0.6 * vram * MB < most <= vram * MB
+    assert 0.6 * vram * MB < most <= vram * MB, f"{told}\n{ended.err}"
 
 
 def test_too_little_is_one_line(room: Room, store: Path) -> None:
