@@ -71,6 +71,12 @@ def _unmasked_bytes(config: dict[str, Any], tokens: int, itemsize: int) -> int:
     return tokens * (max(mlp, attention, norm) + stream) + logits
 
 
+def scratch_bytes(largest_elements: int, itemsize: int) -> int:
+    """What the engine dequantizes packed weights into, the largest of which has so many elements. It is
+    taken with the first pass of many tokens, for good."""
+    return min(SCRATCH_ELEMENTS, largest_elements) * itemsize
+
+
 def kept_tokens(config: dict[str, Any], context: int | None, sequences: int) -> int:
     """For how many tokens of all sequences together a KV cache is planned.
 

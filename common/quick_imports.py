@@ -16,7 +16,7 @@ def quick_imports(hidden: Sequence[str] = ()) -> Iterator[None]:
 
     Torch and transformers make hundreds of thousands of objects that stay; to look through them for garbage
     again and again is a fifth of the time. What was imported is left out of all later collections, too,
-    which would otherwise halt a token for as long.
+    which would otherwise halt a token for as long; so is what garbage the imports made, which stays.
     """
     absent = [name for name in hidden if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: as the language has it

@@ -18,11 +18,13 @@ from common.config import parse_size
 from common.errors import MemoryShortageError, UsageError
 from common.footprint import (
     PASS_STEP,
+    WORKSPACE_BYTES,
     activation_bytes,
     kv_bytes,
     masked_bytes,
     pass_tokens,
     prompt_bytes,
+    scratch_bytes,
     split_bytes,
 )
 from common.log import log
@@ -30,6 +32,7 @@ from common.memory import Memory
 from common.shortages import shortages
 from engine.cache import PastLayer
 from engine.client import WeightClient
+from engine.packed import MAX_FUSED_TOKENS
 
 ATTEMPTS = 4
 LEAST_BYTES = 512 << 20  # a shrink empties all slots once: not for less
@@ -45,6 +48,7 @@ class MemoryKeeper:
         self._client, self._memory = client, memory
         self._config = model.config.to_dict()
         self._itemsize = model.dtype.itemsize
+        self._made = False  # whether what wide passes allocate once, for good, is there
         self._forward = model.forward
 
         @functools.wraps(model.forward)  # ``generate`` looks at its signature
@@ -62,10 +66,10 @@ class MemoryKeeper:
         whole = prompt_bytes(config, tokens, known, itemsize)
         least += min(whole, split_bytes(config, tokens, LONG_PROMPT_PASS, itemsize))
         kept = kv_bytes(config, min(tokens, capacity), itemsize)
-        missing = least - kept - self._memory.room_bytes()
+        missing = least - kept - self._room_bytes()
         if missing > 0:
             self._client.shrink(max(missing, LEAST_BYTES))
-        found = pass_tokens(config, tokens, itemsize, self._memory.room_bytes() + kept, known)
+        found = pass_tokens(config, tokens, itemsize, self._room_bytes() + kept, known)
         if found >= tokens - known:
             return None
         log.info("memory is short: the prompt of %d tokens is taken %d at a time", tokens, found)
@@ -78,11 +82,25 @@ class MemoryKeeper:
         need = kv_bytes(self._config, tokens, self._itemsize)
         need += activation_bytes(self._config, rows, self._itemsize, sequences)
         need += masked_bytes(self._config, *piece, self._itemsize)
-        return need <= self._memory.room_bytes()
+        return need <= self._room_bytes()
+
+    def _room_bytes(self) -> int:
+        """What passes and a KV cache may take."""
+        room = self._memory.room_bytes()
+        if self._made or self._memory.device.type == "cpu":
+            return room
+        room -= WORKSPACE_BYTES
+        if self._client.packed:
+            largest = max(self._config["vocab_size"], self._config["intermediate_size"])
+            room -= scratch_bytes(largest * self._config["hidden_size"], self._itemsize)
+        return room
 
     def _forward_pass(self, *arguments: Any, **named: Any) -> Any:
-        cache = named.get("past_key_values")
-        return self.survive(lambda: self._forward(*arguments, **named), cache)
+        cache, ids = named.get("past_key_values"), named.get("input_ids")
+        found = self.survive(lambda: self._forward(*arguments, **named), cache)
+        if ids is not None and ids.numel() > MAX_FUSED_TOKENS:
+            self._made = True
+        return found
 
     def survive(self, call: Callable[[], Any], cache: Any) -> Any:
         """Make the call, which adds to ``cache``, again and again until memory suffices."""

@@ -17,17 +17,17 @@ from common.config import format_bytes
 from common.footprint import (
     PASS_STEP,
     PLANNED_CONTEXT,
-    SCRATCH_ELEMENTS,
     WORKSPACE_BYTES,
     activation_bytes,
     kept_tokens,
     kv_bytes,
     model_context,
+    scratch_bytes,
 )
 from common.store import Store
 
-#: A process's CUDA context with the kernels that it loads: about 0.5 GB, seen on an H100.
-CONTEXT_BYTES = 512 << 20
+#: A process's CUDA context with the kernels that it loads and its CUDA graphs.
+CONTEXT_BYTES = 640 << 20
 #: What is left free of a device that others may use too.
 MARGIN_BYTES = 256 << 20
 LONGEST_PASS = 4096  # tokens of one pass that memory is kept for; longer prompts are split
@@ -193,7 +193,7 @@ def slot_room(
 
 def _scratch_bytes(store: Store, dtype: torch.dtype) -> int:
     largest = max((entry.elements for entry in store.weights), default=0)
-    return min(SCRATCH_ELEMENTS, largest) * dtype.itemsize
+    return scratch_bytes(largest, dtype.itemsize)
 
 
 def _resident_bytes(store: Store, dtype: torch.dtype, device: torch.device) -> int:

@@ -167,7 +167,11 @@ class SlotMemory:
         """What the engine may allocate for itself; 0 for whatever is free."""
         if self._limits.vram_bytes is None:
             return 0
-        return self.footprint.engine_bytes + self._given_bytes
+        # Slots may take less than there is room for: what they leave is the engine's.
+        footprint = self.footprint
+        has = self._segment.size_bytes + self.copies_bytes(self.copies)
+        rest = self._limits.vram_bytes - (footprint.total - footprint.engine_bytes) - has
+        return max(footprint.engine_bytes + self._given_bytes, rest)
 
     def data(self, weight: int, offset_bytes: int) -> torch.Tensor:
         """The bytes, uint8, of ``weight`` in the slot that begins at ``offset_bytes``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ from tests.processes import Process, Room
 
 @dataclass
 class Engine:
-    """A client that is connected. ``expected[weight]``: what every lease of it must hold."""
+    """A client that is connected."""
 
     client: WeightClient
     feeder: Process
     memory: Memory
     store: Store
     dtype: torch.dtype
-    expected: list[torch.Tensor]
+
+    @cached_property
+    def expected(self) -> list[torch.Tensor]:
+        """By weight: what every lease of it must hold. Made when asked for: it takes long of large stores."""
+        return [
+            int4.dequantize(*self.store.read_weight(entry), entry.shape, self.dtype).to(
+                self.memory.device
+            )
+            for entry in self.store.weights
+        ]
 
     def holds(self, lease: Lease, weight: int) -> bool:
         """Whether the lease's slot holds exactly the store's weight, packed or dequantized."""
@@ -65,11 +75,7 @@ def connected(
         client.use(memory)
         opened = Store.open(Path(welcome.store))
         dtype = getattr(torch, welcome.dtype)
-        expected = [
-            int4.dequantize(*opened.read_weight(entry), entry.shape, dtype).to(memory.device)
-            for entry in opened.weights
-        ]
-        yield Engine(client, feeder, memory, opened, dtype, expected)
+        yield Engine(client, feeder, memory, opened, dtype)
         if memory.device.type == "cuda":
             torch.cuda.synchronize(memory.device)
     finally:

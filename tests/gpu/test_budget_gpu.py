@@ -116,10 +116,13 @@ def test_the_engine_leaves_the_table_in_host_memory(room: Room, store: Path) -> 
 def by_process() -> str:
     """What the driver says each process has on the device, contexts included."""
     command = ["nvidia-smi", "--query-compute-apps=pid,name,used_memory", "--format=csv"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        return f"nvidia-smi: {error}"
 
 
-@pytest.mark.parametrize("vram", [2400, 3000])
+@pytest.mark.parametrize("vram", [2700, 3300])
 def test_both_processes_together_stay_within_vram(room: Room, store: Path, vram: int) -> None:
     """Measured on the whole device: nobody else may use it meanwhile."""
     torch.cuda.synchronize()
@@ -148,7 +151,18 @@ def test_too_little_is_one_line(room: Room, store: Path) -> None:
     ended = room.launch(f"--model={store}", *CUDA, "--vram=1200MB", "--prompt=1").wait()
     assert ended.code == 1
     assert ended.last_line.startswith("error: feeder: --vram gives 1.2 GB and a run needs at least")
-    assert "contexts 1.07 GB" in ended.last_line and "staging" in ended.last_line
+    assert "contexts 1.34 GB" in ended.last_line and "staging" in ended.last_line
+
+
+def test_a_prompt_as_long_as_planned_fits_beside_packed_slots(room: Room, store: Path) -> None:
+    """What the engine allocates with its first long pass is not to be missing then."""
+    ended = room.launch(
+        f"--model={store}", "--device=cuda", "--slots=packed", "--vram=2500MB",
+        "--context=8100", "--greedy", "--max-new-tokens=16", f"--prompt={prompt(8000)}",
+    ).wait()  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert len(ended.out.split()) == 16
+    assert "slots shrink" not in ended.err
 
 
 def test_a_prompt_longer_than_planned_goes_on(room: Room, store: Path) -> None:
@@ -204,7 +218,9 @@ def test_memory_that_runs_out_comes_from_slots(
     try:
         with fed.model(room, store, *CUDA, "--cache=-1") as (model, engine):
             expected = generate(model, engine)
+            feeder = engine.feeder
             del model, engine
+        feeder.stop()
         gc.collect()
         torch.cuda.empty_cache()
         flags = (*CUDA, "--vram=4GB", "--context=64")

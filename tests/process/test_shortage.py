@@ -253,7 +253,7 @@ def test_a_long_prompt_takes_slots_and_is_split(room: Room, wide_store: Path) ->
     assert one.code == 0 and "at a time" not in one.err, one.err
     lives.stop(room, plain)
     total = sum(4 * entry.elements for entry in Store.open(wide_store).weights)
-    feeder = room.feeder(f"--model={wide_store}", *whole, "--context=1", "--vram=90MB")
+    feeder = room.feeder(f"--model={wide_store}", *whole, "--context=1", "--vram=81MB")
     started = lives.status(room)["arena_bytes"]
     assert started >= total // 2
     short = room.engine("--prompt=5 17 300 2", "--max-new-tokens=2").wait()
@@ -264,6 +264,16 @@ def test_a_long_prompt_takes_slots_and_is_split(room: Room, wide_store: Path) ->
     assert split.out == one.out
     assert lives.status(room)["arena_bytes"] < started
     assert feeder.err.count("slots shrink") == 1
+
+
+def test_what_slots_leave_of_vram_is_the_engines(room: Room, wide_store: Path) -> None:
+    """All weights have slots, and a prompt of which nothing was planned fits beside them."""
+    prompt = " ".join(str(11 * i % 320) for i in range(3000))
+    flags = ["--device=cpu", "--dtype=float32", "--context=1", "--vram=900MB"]
+    feeder = room.feeder(f"--model={wide_store}", *flags)
+    ended = room.engine(f"--prompt={prompt}", "--greedy", "--max-new-tokens=2").wait()
+    assert ended.code == 0, ended.err
+    assert "at a time" not in ended.err and "slots shrink" not in feeder.err
 
 
 def test_a_shrink_from_nobody_is_refused(room: Room, small_store: Path) -> None:
