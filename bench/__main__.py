@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.settings import SLOTS, STRATEGIES
+from bench.settings import SHAPE_HELP, SLOTS, STRATEGIES
 from common.config import Cache
 from common.entry import run_process
 from common.errors import UsageError
@@ -35,7 +35,7 @@ def parser() -> Parser:
         "parts", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=", ".join((*PARTS, "all"))
     )
     add("--store", metavar="STORE", help="measure this store")
-    add("--shape", metavar="SHAPE", help="a random store, or demo; the default with a GPU")
+    add("--shape", metavar="SHAPE", help=SHAPE_HELP)
     add("--output", metavar="FILE.json", help="what is in it already is not measured again")
     add("--plot", metavar="FILE.svg", help="draw the sweep there when all is done")
     add("--device", default="auto", help="auto, cuda, cuda:INDEX or cpu")

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from bench.record import add_output, finish
-from bench.source import SHAPE_HELP, Source
+from bench.settings import SHAPE_HELP
+from bench.source import Source
 from common.arguments import Parser
 from common.entry import run_process
 from common.errors import UsageError, WeightFeederError

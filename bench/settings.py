@@ -11,6 +11,7 @@ from typing import Any
 
 from common.formats import DEQUANTIZED, FORMATS
 
+SHAPE_HELP = "a random store of that shape, or demo; default: qwen2.5-32b with a GPU, else demo"
 STRATEGIES = ("on-demand", "ring", "resident")
 COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "-1")
 SIZES = ("4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "16GiB", "20GiB", "24GiB")

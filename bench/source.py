@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from bench.record import ROOT
+from bench.settings import SHAPE_HELP
 from common.arguments import Parser
 from common.errors import UsageError
 from common.log import log
@@ -15,7 +16,6 @@ from common.store import Store
 
 DEFAULT_SHAPE = "qwen2.5-32b"
 DEMO_SHAPE = "demo"  # no random weights: a model whose answers can be checked
-SHAPE_HELP = "a random store, or demo; the default with a GPU"
 _DEMO = ROOT / "demo" / "model"
 
 

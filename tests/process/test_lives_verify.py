@@ -30,9 +30,14 @@ def test_a_fill_from_a_damaged_host_store(
     engine = room.engine(*lives.engine_flags(tokens), f"--name={name}")
     lives.until_generating(engine)
     lives.damage(SHARED / entry)
+    feeder.until(
+        lambda: "error: verify at fill" in feeder.err or engine.popen.poll() is not None,
+        "finds the damage",
+    )
+    assert engine.popen.poll() is None, "the generation is too short: it ended before a fill"
     assert feeder.wait().code == 1
     assert "error: verify at fill: model.layers.0." in feeder.err
-    # What was filled right was said, and the next feeder loads the store anew.
+    # No token came of what was filled wrong, and the next feeder loads the store anew.
     feeder = room.feeder(*lives.feeder_flags(long_store, -1, slots=slots), name=name)
     ended = engine.wait()
     assert ended.code == 0 and ended.out.split() == long_text[:tokens], ended.err

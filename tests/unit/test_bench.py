@@ -19,6 +19,7 @@ from bench.decode import spread
 from bench.guard import TookTooLong, limited
 from bench.record import Results
 from bench.settings import Setting, sweep_settings
+from bench.source import Source
 from common import int4
 from common.errors import PeerError, UsageError, WeightFeederError
 
@@ -52,6 +53,15 @@ def test_the_default_sweep_is_what_was_asked_for() -> None:
     caches = {setting.cache for setting in found if setting.strategy == "on-demand"}
     assert caches == {"1", "2", "4", "8", "16", "32", "64", "128", "256", "-1"}
     assert Setting("resident", "24GiB") in found
+
+
+def test_the_demo_may_be_asked_for_by_name() -> None:
+    demo = Source(None, "demo", large=True)
+    assert demo.small and demo.name == "demo"
+    default = Source(None, None, large=True)
+    assert not default.small and default.name == "qwen2.5-32b"
+    with pytest.raises(UsageError, match=r"name one of .*qwen2\.5-32b.*, demo$"):
+        Source(None, "b", large=True)
 
 
 def test_limit_of_the_link() -> None:
