@@ -36,7 +36,7 @@ class Decoder:
         """``step``: takes the tokens after the prompt, as it does in an engine."""
         from transformers import DynamicCache  # slow: a feeder that loads should not wait for it
 
-        from engine.cache import make_cache
+        from engine.cache import as_argument, make_cache
 
         self._step = step
         self._model, self._device = model, model.device
@@ -51,6 +51,7 @@ class Decoder:
             DynamicCache(config=config) if step is None
             else make_cache(config.num_hidden_layers, total)
         )  # fmt: skip
+        self._past = as_argument(self._cache)
         if context:
             self._fill(context)
         self._tokens: list[torch.Tensor] = []
@@ -64,9 +65,8 @@ class Decoder:
                 logits = self._step(self._next, self._cache)
             else:
                 logits = self._model(
-                    input_ids=self._next, past_key_values=self._cache, use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]  # fmt: skip
+                    input_ids=self._next, use_cache=True, logits_to_keep=1, **self._past
+                ).logits[:, -1]
             self._next = logits.argmax(dim=-1, keepdim=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -30,7 +30,7 @@ WARM_UP = 2
 
 def measure(fed: Fed, past_tokens: int, rounds: int) -> dict[int, list[float]]:
     """Milliseconds of passes, by how many tokens they are over, after a prompt of ``past_tokens``."""
-    from engine.cache import make_cache, past
+    from engine.cache import as_argument, make_cache, past
 
     model: Any = fed.model
     count = model.config.vocab_size
@@ -40,7 +40,7 @@ def measure(fed: Fed, past_tokens: int, rounds: int) -> dict[int, list[float]]:
     ids = ids.to(model.device)
     found: dict[int, list[float]] = {width: [] for width in WIDTHS}
     with torch.inference_mode():
-        named = {"past_key_values": cache, "use_cache": True}
+        named = {**as_argument(cache), "use_cache": True}
         model(input_ids=ids[:, :past_tokens], logits_to_keep=1, **named)
         for turn in range(WARM_UP + rounds):
             for width in WIDTHS:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,6 +37,8 @@ def is_json() -> bool:
 def setup(process: str, verbose: bool = False) -> logging.Logger:
     """The logger of this process. Lines look like ``feeder: store loaded``."""
     _State.process = process
+    if not sys.warnoptions:  # what libraries will change is not for users; -W default shows it
+        warnings.simplefilter("ignore", FutureWarning)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if _State.json else logging.Formatter(f"{process}: %(message)s"))
     logger = logging.getLogger("weight_feeder")

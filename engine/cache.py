@@ -8,13 +8,19 @@ the window's part of the past; all of it stays, so that tokens can be taken back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 STEP_TOKENS = 256  # capacities are multiples of it
+
+_RENAMED = any(field.name == "cache" for field in fields(CausalLMOutputWithPast))  # in 5.24
+#: What transformers calls a cache that it is given or gives back.
+CACHE_ARGUMENT = "cache" if _RENAMED else "past_key_values"
 
 
 class PastLayer(DynamicLayer):
@@ -101,6 +107,11 @@ def make_cache(
         PastLayer(rounded(tokens), limit, window) for window in windows or [None] * layers
     ]
     return cache
+
+
+def as_argument(cache: Any) -> dict[str, Any]:
+    """``cache`` for a model's forward pass, or for transformers' masks, by the name it has there."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def windows_of(config: Any) -> list[int | None]:

@@ -21,7 +21,7 @@ from common.log import log
 from common.memory import Memory
 from common.shortages import shortages
 from common.store import Store
-from engine.cache import make_cache, past, reserve, windows_of
+from engine.cache import as_argument, make_cache, past, reserve, windows_of
 from engine.client import NotLent, WeightClient
 from engine.model import build_model
 from engine.step import Step, supports
@@ -175,7 +175,7 @@ class Draft:
             if step is not None:
                 step.rest()  # who holds leases must not wait for others
             for piece in ids.split(PASS_STEP, dim=1):
-                named = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+                named = {**as_argument(cache), "use_cache": True, "logits_to_keep": 1}
                 logits = self._model(input_ids=piece, **named).logits[:, -1]
         missing = self._target - logits.shape[1]
         if missing > 0:

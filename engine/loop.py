@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from common.shortages import shortages
 from engine.acceptance import draw
-from engine.cache import past, reserve
+from engine.cache import as_argument, past, reserve
 from engine.draft import Draft, Drafted
 from engine.kept import Kept
 from engine.logprobs import Logprobs, to_host
@@ -204,7 +204,7 @@ class Loop:
         self, model: Any, ids: torch.Tensor, cache: DynamicCache, chunk: int | None
     ) -> torch.Tensor:
         for piece in ids.split(chunk or ids.shape[1], dim=1):
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=piece, **as_argument(cache), use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def _next(self, model: Any, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -213,7 +213,7 @@ class Loop:
             return self._stepped(lambda: step(token, cache), 1, cache)
         if step is not None:
             step.rest()
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=token, **as_argument(cache), use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     def _several(
@@ -226,7 +226,7 @@ class Loop:
         if step is not None:
             step.rest()  # who holds leases must not wait for others
         self._survive(lambda: reserve(cache, cache.get_seq_length() + count), cache)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=count)
+        output = model(input_ids=ids, **as_argument(cache), use_cache=True, logits_to_keep=count)
         return output.logits.unbind(1)
 
     def _stepped(self, call: Callable[[], Any], count: int, cache: DynamicCache) -> Any:

@@ -30,7 +30,7 @@ from common.footprint import (
 from common.log import log
 from common.memory import Memory
 from common.shortages import shortages
-from engine.cache import PastLayer
+from engine.cache import CACHE_ARGUMENT, PastLayer
 from engine.client import WeightClient
 from engine.packed import MAX_FUSED_TOKENS
 
@@ -96,7 +96,7 @@ class MemoryKeeper:
         return room
 
     def _forward_pass(self, *arguments: Any, **named: Any) -> Any:
-        cache, ids = named.get("past_key_values"), named.get("input_ids")
+        cache, ids = named.get(CACHE_ARGUMENT), named.get("input_ids")
         found = self.survive(lambda: self._forward(*arguments, **named), cache)
         if ids is not None and ids.numel() > MAX_FUSED_TOKENS:
             self._made = True

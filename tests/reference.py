@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from common import int4
+from engine.cache import CACHE_ARGUMENT, as_argument
 from feeder import methods
 from tests.checkpoints import load_tensors
 
@@ -51,7 +52,7 @@ def all_logits(model: Any) -> list[torch.Tensor]:
         logits = [output.logits]
         for _ in range(3):
             batch = output.logits[:, -1:].argmax(-1)
-            output = model(batch, past_key_values=output.past_key_values, use_cache=True)
+            output = model(batch, **as_argument(output[CACHE_ARGUMENT]), use_cache=True)
             logits.append(output.logits)
         logits.append(model(prompt).logits)
     return logits

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.cache import make_cache, past, reserve
+from engine.cache import CACHE_ARGUMENT, as_argument, make_cache, past, reserve
 
 #: Of small models whose weights can all be packed.
 LAYER: dict[str, Any] = {
@@ -38,13 +38,13 @@ def assert_stepped_as_plain(
         cache = make_cache(model.config.num_hidden_layers, length)
         with torch.inference_mode():
             prompt = {"input_ids": ids[:, :length], "use_cache": True, "logits_to_keep": 1}
-            model(**prompt, past_key_values=cache)
-            theirs = reference(**prompt).past_key_values
+            model(**prompt, **as_argument(cache))
+            theirs = reference(**prompt)[CACHE_ARGUMENT]
             for at in range(length, length + count):
                 token = ids[:, at : at + 1]
                 reserve(cache, at + 1)
                 found = step(token, cache)
-                output = reference(input_ids=token, past_key_values=theirs, use_cache=True)
+                output = reference(input_ids=token, **as_argument(theirs), use_cache=True)
                 expected = output.logits[:, -1]
                 assert expected.isfinite().all() and expected.std() > 0.01
                 assert found.dtype == expected.dtype
@@ -71,7 +71,7 @@ def take_in_passes(
     first = min(known, 16)
     caches = [make_cache(model.config.num_hidden_layers, known) for _ in range(2)]
     for cache in caches:
-        model(input_ids=text[:, :first], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=text[:, :first], **as_argument(cache), use_cache=True, logits_to_keep=1)
     for alone, wide in zip(*map(past, caches), strict=True):
         assert alone.memory is not None and wide.memory is not None
         for mine, theirs in zip(alone.memory, wide.memory, strict=True):

@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.batch.kernels import ManyPasts
-from engine.cache import PastLayer, past, reserve
+from engine.cache import PastLayer, as_argument, past, reserve
 
 NAME = "weight_feeder_batch"
 
@@ -149,7 +149,7 @@ def _masks(model: Any, part: Part, positions: torch.Tensor) -> dict[bool, Any]:
     like = torch.empty((1, len(part.ids), 0), dtype=model.dtype, device=model.device)
     asked = {
         "config": config, "inputs_embeds": like, "attention_mask": None,
-        "past_key_values": part.cache, "position_ids": positions,
+        **as_argument(part.cache), "position_ids": positions,
     }  # fmt: skip
     masks = {False: create_causal_mask(**asked)}
     if getattr(config, "sliding_window", None) is not None:

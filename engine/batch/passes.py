@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from common.shortages import shortages
 from engine.batch.attention import Company, Part, taking_turns
-from engine.cache import reserve
+from engine.cache import as_argument, reserve
 from engine.linear import FedLinear
 from engine.rows import Rows, divide
 
@@ -54,7 +54,7 @@ class Passes:
             return [self.ahead(ids, part.cache)]
         self.rest()
         output = self._model(
-            input_ids=ids, past_key_values=part.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, **as_argument(part.cache), use_cache=True, logits_to_keep=1
         )
         return [output.logits[:, -1]]
 

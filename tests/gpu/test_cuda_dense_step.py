@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import protocol as p
-from engine.cache import make_cache, reserve
+from engine.cache import as_argument, make_cache, reserve
 from engine.dense_step import DenseStep, unfit
 from engine.steps import steps_for
 from feeder.quantize import quantize_checkpoint
@@ -72,7 +72,7 @@ def test_the_one_that_is_useful_takes_the_token(room: Room, tmp_path: Path) -> N
         token = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
         with torch.inference_mode():
             cache = make_cache(model.config.num_hidden_layers, 8)
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **as_argument(cache), use_cache=True)
             reserve(cache, 2)
             assert steps(token, cache).dtype == torch.float32
         steps.rest()

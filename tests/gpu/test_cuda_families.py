@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.cache import make_cache, windows_of
+from engine.cache import as_argument, make_cache, windows_of
 from engine.step import Step, supports
 from feeder.quantize import quantize_checkpoint
 from tests import fed
@@ -56,7 +56,7 @@ def test_the_step_of_other_families(room: Room, tmp_path: Path, name: str, cache
         step = Step(model, engine.client)
         cache = make_cache(3, len(PROMPT) + 1, windows=windows_of(model.config))
         prompt = torch.tensor([PROMPT], device="cuda")
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt, **as_argument(cache), use_cache=True, logits_to_keep=1)
         found = torch.stack(stepped(step, model, ids[len(PROMPT) :], cache))
         step.rest()
         plain = model(input_ids=torch.tensor([ids], device="cuda")).logits[0].float()

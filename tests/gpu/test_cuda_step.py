@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import protocol as p
-from engine.cache import make_cache, reserve
+from engine.cache import as_argument, make_cache, reserve
 from engine.step import Step, supports
 from feeder import control
 from feeder.quantize import quantize_checkpoint
@@ -68,7 +68,7 @@ def test_logits_are_those_of_fp32(
         )  # takes dequantized weights too, though no loop asks it to
         cache = make_cache(model.config.num_hidden_layers, len(PROMPT) + 1)
         prompt = torch.tensor([PROMPT], device="cuda")
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt, **as_argument(cache), use_cache=True, logits_to_keep=1)
         found = stepped(step, model, ids[len(PROMPT) :], cache)
         step.rest()
         plain = model(input_ids=torch.tensor([ids], device="cuda")).logits[0].float()
@@ -106,7 +106,7 @@ def test_the_cache_does_not_show(room: Room, store: Path) -> None:
             step = Step(model, engine.client)
             cache = make_cache(model.config.num_hidden_layers, 8)
             prompt = torch.tensor([PROMPT], device="cuda")
-            output = model(input_ids=prompt, past_key_values=cache, use_cache=True)
+            output = model(input_ids=prompt, **as_argument(cache), use_cache=True)
             found[cache_flag] = torch.stack(
                 [output.logits[0, -1].float(), *stepped(step, model, ids, cache)]
             )
@@ -124,7 +124,7 @@ def test_a_swap_under_the_graph(room: Room, checkpoint: Path, store: Path) -> No
         def run(disturb: bool) -> tuple[list[int], list[bool]]:
             cache = make_cache(model.config.num_hidden_layers, 8)
             prompt = torch.tensor([PROMPT], device="cuda")
-            model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=prompt, **as_argument(cache), use_cache=True, logits_to_keep=1)
             token, tokens, graphed = 7, [], []
             for number in range(60):
                 if disturb and number in (20, 35, 45):

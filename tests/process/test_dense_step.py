@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import protocol as p
-from engine.cache import make_cache
+from engine.cache import as_argument, make_cache
 from engine.dense_step import DenseStep
 from feeder.quantize import quantize_checkpoint
 from tests import fed, lives
@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_plain_model(room: Room, tmp_path: Path) -> None
         cache = make_cache(model.config.num_hidden_layers, 256)
         ids = torch.zeros((1, 256), dtype=torch.int64)
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
         with pytest.raises(ValueError, match="the cache holds 256 tokens, and all are there"):
             step(ids[:, :1], cache)
         with pytest.raises(ValueError, match="17 tokens: a pass takes from 1 to 16"):

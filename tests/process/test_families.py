@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from engine.cache import make_cache, windows_of
+from engine.cache import as_argument, make_cache, windows_of
 from engine.generate import Generator, Sampling
 from engine.linear import FedLinear
 from engine.loop import Loop
@@ -40,7 +40,7 @@ def cached_logits(model: Any, cache: Any) -> list[torch.Tensor]:
     with torch.inference_mode():
         for count in (30, 20, 1, 1, 7, 1):
             tokens, at = ids[:, at : at + count], at + count
-            found.append(model(tokens, past_key_values=cache, use_cache=True).logits)
+            found.append(model(tokens, **as_argument(cache), use_cache=True).logits)
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from common.dequantize import interpreted
 from common.memory import memory_for
 from common.store import Store
-from engine.cache import make_cache, past
+from engine.cache import as_argument, make_cache, past
 from engine.client import WeightClient
 from engine.model import build_model
 from engine.step import Step, misfit
@@ -79,7 +79,7 @@ def compare(name: str, directory: Path) -> None:
 def refuses_what_finds_no_room(step: Step, model: Any) -> None:
     cache = make_cache(model.config.num_hidden_layers, 250)
     ids = torch.zeros((1, 250), dtype=torch.int64)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
     with pytest.raises(ValueError, match="the cache holds 256 tokens, and 250 are there"):
         step.several(ids[:, :7], cache)
     with pytest.raises(ValueError, match="17 tokens: a pass takes from 1 to 16"):

@@ -22,7 +22,7 @@ from transformers import Qwen2ForCausalLM
 from common import protocol as p
 from common.errors import MemoryShortageError, PeerError
 from common.store import Store
-from engine.cache import make_cache
+from engine.cache import as_argument, make_cache
 from engine.generate import Answer, Generator, Sampling
 from engine.loop import Loop
 from engine.shortage import MemoryKeeper
@@ -147,7 +147,7 @@ def test_a_cache_in_one_piece_is_rolled_back(room: Room, small_store: Path, toke
             found = []
             with torch.inference_mode(), runs_out(attention(1)(model), *calls):
                 for ids in (prompt, step, step):
-                    found.append(model(ids, past_key_values=cache, use_cache=True).logits)
+                    found.append(model(ids, **as_argument(cache), use_cache=True).logits)
             assert cache.get_seq_length() == prompt.numel() + 2 * step.numel()
             return found
 

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from engine.acceptance import draw
+from engine.cache import CACHE_ARGUMENT
 from tests.speculating import Always, draft_of, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,9 +107,9 @@ class Table:
             num_hidden_layers=1, max_position_embeddings=64, vocab_size=tokens
         )
 
-    def __call__(self, input_ids: torch.Tensor, past_key_values: Any, **named: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, **named: Any) -> Any:
         states = input_ids.float().view(1, 1, -1, 1)
-        keys, _ = past_key_values.update(states, states, 0)
+        keys, _ = named[CACHE_ARGUMENT].update(states, states, 0)
         last = keys[0, 0, :, 0].long()[-input_ids.shape[1] :]  # what the cache says was read
         return SimpleNamespace(logits=self.scores[last][None])
 

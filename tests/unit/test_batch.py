@@ -20,7 +20,7 @@ from common.errors import MemoryShortageError, UsageError, WeightFeederError
 from engine.batch.attention import Part
 from engine.batch.batch import Batch
 from engine.batch.passes import Passes
-from engine.cache import make_cache, windows_of
+from engine.cache import as_argument, make_cache, windows_of
 from engine.generate import Answer, Generator, Request, Sampling, Stopped
 from engine.loop import Loop
 from engine.serve.jobs import Busy, Ended, Ending, Event, Failed, Job, Piece
@@ -219,7 +219,7 @@ class Eager:
     def __call__(self, token: torch.Tensor, kept: Any) -> torch.Tensor:
         self.lengths.append(kept.get_seq_length())
         self.graphed = True
-        output = shared()[0](input_ids=token, past_key_values=kept, use_cache=True)
+        output = shared()[0](input_ids=token, **as_argument(kept), use_cache=True)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def rest(self) -> None:
@@ -304,7 +304,7 @@ def test_logits_are_those_of_a_sequence_alone(changes: dict[str, Any], attention
         with torch.no_grad():
             alone.append([
                 model(
-                    input_ids=torch.tensor([part.ids]), past_key_values=kept, use_cache=True,
+                    input_ids=torch.tensor([part.ids]), **as_argument(kept), use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
                 for part in parts(index, kept)

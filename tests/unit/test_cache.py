@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from engine.cache import make_cache, past, windows_of
+from engine.cache import as_argument, make_cache, past, windows_of
 from tests.families import MODELS, WINDOW, theirs
 
 
@@ -52,7 +52,7 @@ def test_a_window_is_that_of_transformers_own_cache(name: str, attention: str) -
         for count in (4, 1, 1, WINDOW - 6, 1, 1, 1, 30, 1, 5, 1, 300, 1):
             tokens, at = ids[:, at : at + count], at + count
             found, expected = (
-                model(tokens, past_key_values=cache, use_cache=True).logits
+                model(tokens, **as_argument(cache), use_cache=True).logits
                 for cache in (ours, plain)
             )
             assert torch.equal(found, expected), (at, count)
@@ -69,10 +69,10 @@ def test_tokens_can_be_taken_back_behind_a_window() -> None:
     ids = torch.randint(160, (1, 60), generator=torch.Generator().manual_seed(5))
     cache = make_cache(3, 60, windows=windows_of(model.config))
     with torch.inference_mode():
-        model(ids[:, :40], past_key_values=cache, use_cache=True)
-        expected = model(ids[:, 40:41], past_key_values=cache, use_cache=True).logits
-        model(ids[:, 45:], past_key_values=cache, use_cache=True)
+        model(ids[:, :40], **as_argument(cache), use_cache=True)
+        expected = model(ids[:, 40:41], **as_argument(cache), use_cache=True).logits
+        model(ids[:, 45:], **as_argument(cache), use_cache=True)
         for layer in past(cache):
             layer.set_length(40)
-        found = model(ids[:, 40:41], past_key_values=cache, use_cache=True).logits
+        found = model(ids[:, 40:41], **as_argument(cache), use_cache=True).logits
     assert torch.equal(found, expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from engine.cache import PastLayer
+from engine.cache import PastLayer, as_argument
 from engine.generate import Generator, Sampling, Stopped
 from engine.loop import Loop
 from engine.text import TokenIds
@@ -80,7 +80,7 @@ class Graphed:
         self._model = model
 
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=token, past_key_values=cache).logits[:, -1]
+        logits: torch.Tensor = self._model(input_ids=token, **as_argument(cache)).logits[:, -1]
         return logits
 
     def rest(self) -> None:

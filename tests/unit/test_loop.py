@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM, set_seed
 
+from engine.cache import as_argument
 from engine.generate import Generator, Sampling
 from engine.loop import Loop
 from engine.text import TokenIds
@@ -53,7 +54,7 @@ class Eager:
     def __call__(self, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         self.resting = False
         self.lengths.append(cache.get_seq_length())
-        output = self._model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = self._model(input_ids=token, **as_argument(cache), use_cache=True)
         return output.logits[:, -1]
 
     def several(self, tokens: torch.Tensor, cache: DynamicCache) -> list[torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +243,17 @@ def test_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     said = json.loads(line)
     assert said["level"] == "error" and said["exit_code"] == 1
     assert said["message"] == "a line\nand another"
+
+
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_what_libraries_will_change_is_not_for_users(format_: str) -> None:
+    """It would stand between the lines of a chat. Who develops asks Python for it."""
+    script = (
+        "import warnings; from common import log; "
+        f"log.choose_format({format_!r}); log.setup('engine'); "
+        "warnings.warn('renamed', FutureWarning); warnings.warn('real', UserWarning)"
+    )
+    for flags, shown in (([], False), (["-W", "default"], True)):
+        command = [sys.executable, *flags, "-c", script]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert ("renamed" in said) is shown and "real" in said
